@@ -1,4 +1,8 @@
-"""What holds for every test: eight CPU devices, a compilation cache and Hypothesis settings."""
+"""What holds for every test, doctest and documented example.
+
+It stands beside `qwix/`, `tests/`, `docs/` and the README because all four are collected: eight CPU
+devices, a compilation cache, Hypothesis settings, and the fenced examples of the Markdown pages.
+"""
 
 import os
 from pathlib import Path
@@ -10,8 +14,10 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
 
-CACHE_DIR = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+CACHE_DIR = Path(__file__).parent / ".pytest_cache" / "jax"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE_DIR))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -22,3 +28,6 @@ hypothesis.settings.register_profile(
     "ci", parent=hypothesis.settings.get_profile("local"), derandomize=True
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# The ```python blocks of one page share their names and run from top to bottom.
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()
