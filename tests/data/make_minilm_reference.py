@@ -20,11 +20,12 @@ SENTENCES = [
     "Quantization stores a weight as a small integer and a scale.",
     "Ein zweisprachiger Satz, mit Umlauten: Größe, Übermut, naïve café.",
     "日本語 and emoji 🙂 become unknown tokens or single characters.",
-    "Return a new array of given shape and type, filled with fill_value; the dtype defaults to that of"
-    " the fill value, and the order to row-major (C-style) storage.",
-    "In information retrieval, recall at k is the share of the queries whose relevant document is among"
-    " the first k results. It does not depend on the order of these results, which is why it is often"
-    " given for more than one k, and it says nothing about the documents that are not relevant.",
+    "Return a new array of given shape and type, filled with fill_value; the dtype defaults to that"
+    " of the fill value, and the order to row-major (C-style) storage.",
+    "In information retrieval, recall at k is the share of the queries whose relevant document is"
+    " among the first k results. It does not depend on the order of these results, which is why it"
+    " is often given for more than one k, and it says nothing about the documents that are not"
+    " relevant.",
     # Longer than the 256 tokens that the model reads.
     "One sentence that repeats itself until the model stops to read. " * 30,
 ]

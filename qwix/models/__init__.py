@@ -1,0 +1,1 @@
+"""Small NNX reference models, for the command line, tests and benchmarks."""
