@@ -19,8 +19,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 CACHE_DIR = Path(__file__).parent / ".pytest_cache" / "jax"
 
+# Tests compile many small programs, most of them the same as in the run before.
 jax.config.update("jax_compilation_cache_dir", str(CACHE_DIR))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # Every new shape compiles, so a deadline would only measure JAX, and a few examples go far.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
