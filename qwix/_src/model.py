@@ -1,0 +1,269 @@
+"""`quantize_model`: where a model call enters a provider, for Linen and for NNX."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from qwix._src import interception, provenance, qconfig
+from qwix._src.utils import flax_util
+
+
+def quantize_model(
+    model: nn.Module | nnx.Module,
+    provider: qconfig.QuantizationProvider,
+    *model_inputs: Any,
+    methods: Collection[str] = ("__call__",),
+    **model_inputs_kwargs: Any,
+) -> Any:
+    """Returns a copy of a model whose ops go through a provider. The given model is left alone.
+
+    The copy's class is a subclass of the model's, of the same name.
+
+    Args:
+      model: a Linen or NNX module, which may be quantized already.
+      provider: decides what happens to each op.
+      *model_inputs: NNX only, and needed there: inputs of the method, to find out which ops there are. Their values do
+        not matter and may be `jax.ShapeDtypeStruct`s; the model is traced, not run.
+      methods: the methods to quantize; one of them in NNX.
+      **model_inputs_kwargs: NNX only. `rngs=nnx.Rngs(...)` is for parameters that the provider has to initialize, and
+        `skip_nnx_init=True` leaves the tracing to the first call.
+
+    Raises:
+      ValueError: if inputs are missing (NNX) or given (Linen), if a method does not exist, or if an op cannot be
+        quantized as its rule says.
+
+    >>> import jax.numpy as jnp, qwix
+    >>> from flax import nnx
+    >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> provider = qwix.PtqProvider([qwix.QuantizationRule(weight_qtype='int4')])
+    >>> quantized = quantize_model(model, provider, jnp.ones((1, 8)))
+    >>> quantized.kernel.array.qvalue.dtype, model.kernel.dtype
+    (dtype(int4), dtype('float32'))
+    """
+    if isinstance(methods, str):
+        methods = (methods,)
+    for name in methods:
+        if not callable(getattr(type(model), name, None)):
+            raise ValueError(f"{type(model).__name__} has no method {name!r} to quantize")
+    if isinstance(model, nn.Module):
+        if model_inputs or model_inputs_kwargs:
+            raise ValueError(
+                "a Linen model is quantized when it is initialized or called: leave the model inputs out"
+            )
+        return quantize_linen_model(model, provider, methods)
+    if isinstance(model, nnx.Module):
+        if len(methods) != 1:
+            raise ValueError(f"one method of an NNX model can be quantized, got {tuple(methods)}")
+        (method,) = methods
+        return quantize_nnx_model(
+            model, provider, *model_inputs, call_method=method, **model_inputs_kwargs
+        )
+    raise ValueError(f"{type(model).__name__} is neither a Linen nor an NNX module")
+
+
+def quantize_linen_model(
+    model: nn.Module, provider: qconfig.QuantizationProvider, methods: Collection[str]
+) -> nn.Module:
+    """`quantize_model` for Linen."""
+    cls = type(model)
+    wrapped = {name: _intercepted(getattr(cls, name), provider, name) for name in methods}
+    if cls.setup is not nn.Module.setup:  # it may create parameters, which have to be followed
+        wrapped["setup"] = _intercepted(cls.setup, provider, None)
+    fields = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.init
+        and field.name != "parent"
+        and not (field.name == "name" and model.name is None)
+    }
+    return _subclass(cls, wrapped, provider)(**fields)
+
+
+def quantize_nnx_model(
+    model: nnx.Module,
+    provider: qconfig.QuantizationProvider,
+    *model_inputs: Any,
+    call_method: str = "__call__",
+    **model_inputs_kwargs: Any,
+) -> nnx.Module:
+    """`quantize_model` for NNX."""
+    skip_init = model_inputs_kwargs.pop("skip_nnx_init", False)
+    wrapped = {call_method: _intercepted(getattr(type(model), call_method), provider, call_method)}
+    model = nnx.merge(*nnx.split(model))
+    model.__class__ = _subclass(type(model), wrapped, provider)
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Module):
+            module.qwix_path = path
+            module.disable_quant_stats_update = False
+            module.qwix_rngs = None
+    if skip_init:
+        return model
+    if not model_inputs and not model_inputs_kwargs and _has_required_inputs(model, call_method):
+        raise ValueError(
+            "model inputs are needed to quantize an NNX model, as in quantize_model(model, provider, x): they tell which "
+            "ops there are"
+        )
+    return _first_run(model, call_method, model_inputs, model_inputs_kwargs)
+
+
+def _has_required_inputs(model: nnx.Module, method: str) -> bool:
+    parameters = inspect.signature(getattr(model, method)).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in variadic for p in parameters)
+
+
+def _subclass(
+    cls: type, methods: dict[str, Callable[..., Any]], provider: qconfig.QuantizationProvider
+) -> type:
+    namespace = methods | {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_qwix_providers": (*getattr(cls, "_qwix_providers", ()), provider),
+    }
+    return type(cls)(cls.__name__, (cls,), namespace)
+
+
+def _intercepted(
+    method: Callable[..., Any], provider: qconfig.QuantizationProvider, name: str | None
+) -> Callable[..., Any]:
+    """A method under the provider's interceptors. `name` is None for a method that is no call of the model."""
+
+    def input_transform(args: Any, kwargs: Any) -> Any:
+        if name is None:
+            return args, kwargs
+        model, args, kwargs = provider.process_model_inputs(args[0], args[1:], kwargs)
+        return (model, *args), kwargs
+
+    def output_transform(output: Any) -> Any:
+        return output if name is None else provider.process_model_output(name, output)
+
+    run = method
+    for i, get_interceptor in enumerate(reversed(provider.get_interceptors())):
+        innermost = i == 0
+        run = interception.wrap_func_intercepted(
+            run,
+            get_interceptor,
+            disable_jit=provider.disable_jit,
+            **(
+                {"input_transform": input_transform, "output_transform": output_transform}
+                if innermost
+                else {}
+            ),
+        )
+
+    # Not functools.wraps: Linen would take the copied marks of @nn.compact for a compact method of the subclass.
+    @functools.wraps(method, assigned=("__doc__", "__name__", "__qualname__"), updated=())
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        root = flax_util.module_path(self)
+        with provenance.session() as book:
+            book.roots.append((provider, root))
+            try:
+                output = run(self, *args, **kwargs)
+            finally:
+                book.roots.pop()
+            if isinstance(self, nnx.Module) and not book.keep_replacements:
+                _carry_out(book, self, root)
+            return output
+
+    return wrapper
+
+
+def _carry_out(book: Any, model: nnx.Module, root: tuple[str | int, ...]) -> None:
+    """Puts the quantized parameters into an NNX model, for those of its parameters that a provider asked for."""
+    for keys in [k for k in book.replacements if k[: len(root)] == root]:
+        replace = book.replacements.pop(keys)
+        owner = flax_util.get_value_from_path(model, keys[len(root) : -1])
+        set_child(owner, keys[-1], replace(get_child(owner, keys[-1])))
+
+
+def get_child(owner: Any, key: str | int) -> Any:
+    """An attribute of a module or an item of a container of NNX."""
+    return owner[key] if isinstance(key, int) or isinstance(owner, dict) else getattr(owner, key)
+
+
+def set_child(owner: Any, key: str | int, value: Any) -> None:
+    """Sets what `get_child` gets."""
+    if isinstance(key, int) or isinstance(owner, dict):
+        owner[key] = value
+    else:
+        setattr(owner, key, value)
+
+
+def _first_run(
+    model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> nnx.Module:
+    """Traces an NNX model once, and puts in what its provider asked for: quantized weights and new variables.
+
+    The trace tells which weights to quantize, and how; that is then done one weight at a time, outside of the trace. Of
+    the model's own computation only what new variables depend on (static scales, LoRA initializers) is ever run.
+    """
+    rngs = kwargs.get("rngs")
+    modules = [m for _, m in nnx.iter_graph(model) if isinstance(m, nnx.Module)]
+    for module in modules:
+        module.disable_quant_stats_update = True
+        module.qwix_rngs = None
+    # Arrays are traced; flags, strings and None are what they are.
+    leaves, treedef = jax.tree.flatten((args, {k: v for k, v in kwargs.items() if k != "rngs"}))
+    is_array = [isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for x in leaves]
+    graphdef, state = nnx.split((model, rngs))
+    book_of: dict[str, Any] = {}
+
+    def run(state: Any, arrays: list[Any]) -> Any:
+        model, rngs = nnx.merge(graphdef, state)
+        arrays = iter(arrays)  # type: ignore[assignment]
+        merged = [next(arrays) if a else x for a, x in zip(is_array, leaves, strict=True)]  # type: ignore[call-overload]
+        args, kwargs = jax.tree.unflatten(treedef, merged)
+        if rngs is not None:
+            kwargs["rngs"] = rngs
+            if "rngs" not in inspect.signature(getattr(model, method)).parameters:
+                del kwargs["rngs"]
+            for _, module in nnx.iter_graph(model):
+                if isinstance(module, nnx.Module):
+                    module.qwix_rngs = nnx.data(rngs)
+        with provenance.session() as book:
+            book.keep_replacements = True
+            getattr(model, method)(*args, **kwargs)
+            book_of["replacements"] = dict(book.replacements)
+        for _, module in nnx.iter_graph(model):
+            if isinstance(module, nnx.Module):
+                module.qwix_rngs = None
+                module.disable_quant_stats_update = False
+        book_of["graphdef"], state = nnx.split(model)
+        return dict(nnx.to_flat_state(state))
+
+    arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
+    jaxpr, out_shapes = jax.make_jaxpr(run, return_shape=True)(state, arrays)
+    old = dict(nnx.to_flat_state(nnx.state(model)))
+    new = [path for path in out_shapes if path not in old]
+    created = _evaluate(run, new, state, arrays) if new else {}
+    del jaxpr
+    flat = {path: old.get(path, created.get(path)) for path in out_shapes}
+    model = nnx.merge(book_of["graphdef"], nnx.from_flat_state(flat.items()))
+    book = provenance._Book()
+    book.replacements = book_of["replacements"]
+    _carry_out(book, model, ())
+    return model
+
+
+def _evaluate(
+    run: Callable[..., Any], paths: list[Any], state: Any, arrays: list[Any]
+) -> dict[Any, Any]:
+    """The variables at `paths` that a run creates; of the run only what they depend on is computed."""
+    arrays = [
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays
+    ]
+    wanted = jax.jit(lambda state, arrays: {p: run(state, arrays)[p] for p in paths})
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
+        return jax.eval_shape(wanted, state, arrays)
+    return wanted(state, arrays)

@@ -1,0 +1,201 @@
+"""Post-training quantization: the provider, and the quantization of a float parameter tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwix._src import averaging
+from qwix._src.core import pytree, qarray
+from qwix._src.providers import boxed_param
+from qwix._src.utils import flax_util
+
+# Programs find these here.
+WithAux = boxed_param.WithAux
+create_quantized_param = boxed_param.create_quantized_param
+quantize_act = boxed_param.quantize_act
+
+
+class PtqProvider(boxed_param.BoxedParamProvider):
+    """Post-training quantization: weights are quantized once, activations in each call.
+
+    A rule with only `weight_qtype` is weight-only quantization; with `act_qtype` as well the op runs on quantized operands,
+    with ranges computed in each call (dynamic) or taken from statistics (`act_static_scale`).
+
+    >>> import jax.numpy as jnp, qwix
+    >>> from flax import nnx
+    >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> rules = [qwix.QuantizationRule(weight_qtype=jnp.int8)]
+    >>> quantized = qwix.quantize_model(model, PtqProvider(rules), jnp.ones((1, 8)))
+    >>> quantized.kernel.array.qvalue.dtype
+    dtype('int8')
+    """
+
+
+def quantize_params(
+    params: Any,
+    abstract_quantized_params: Any,
+    quant_stats: Any = flax.core.FrozenDict({}),  # noqa: B008
+    *,
+    allow_extra_params: bool = False,
+    _qarray_module: ModuleType | Any = qarray,
+) -> Any:
+    """Quantizes a float parameter tree as a quantized model wants it, without running the model.
+
+    One parameter is quantized after the other, so beyond the two trees only the largest parameter has to fit in memory
+    twice. Sharded parameters stay sharded.
+
+    Args:
+      params: pure nested dict of float arrays, maybe a subtree of the model's: `nn.unbox(variables['params'])` in
+        Linen, `nnx.to_pure_dict(nnx.state(model, nnx.Param))` in NNX.
+      abstract_quantized_params: what `jax.eval_shape(quantized_model.init, ...)['params']` gives in Linen; the quantized
+        model itself in NNX, maybe abstract.
+      quant_stats: pure nested dict of the statistics of static-range activations: {count, sum_of_absmax}, or {count,
+        sum_of_min, sum_of_max}, at '<module>/<op id>_lhs'.
+      allow_extra_params: leave parameters that the quantized model does not have as they are.
+
+    Returns:
+      The tree with quantized leaves. Linen: `WithAux` of unboxed arrays. NNX: the nested dict that `nnx.update(model, ...)`
+      takes.
+
+    Raises:
+      ValueError: for a path that the quantized model does not have, a parameter of the wrong size, or a statistic with a
+        count of zero.
+
+    >>> import jax.numpy as jnp, qwix
+    >>> from flax import nnx
+    >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> provider = PtqProvider([qwix.QuantizationRule(weight_qtype=jnp.int8)])
+    >>> abstract = nnx.eval_shape(lambda: qwix.quantize_model(model, provider, jnp.ones((1, 8))))
+    >>> nnx.update(abstract, quantize_params(nnx.to_pure_dict(nnx.state(model, nnx.Param)), abstract))
+    >>> abstract.kernel.array.scale.shape
+    (1, 4)
+    """
+    template = Template(abstract_quantized_params)
+    result: dict[tuple[str | int, ...], Any] = {}
+    for path, value in flatten(params):
+        target = template.get(path)
+        where = "/".join(map(str, path))
+        if target is None:
+            if not allow_extra_params:
+                raise ValueError(
+                    f"{where} is not found in the abstract_quantized_params: it is no parameter of the quantized model. "
+                    "Pass allow_extra_params=True to keep such parameters as they are."
+                )
+            result[path] = value
+        elif isinstance(target, WithAux) and isinstance(target.array, qarray.QArray):
+            result[path] = quantize_like(value, target, where, _qarray_module)
+        else:
+            result[path] = value
+    for path, scale, zero_point in static_scales(quant_stats, template):
+        result[(*path[:-1], f"{path[-1]}_scale")] = scale
+        if zero_point is not None:
+            result[(*path[:-1], f"{path[-1]}_zero_point")] = zero_point
+    return template.restore(result)
+
+
+def quantize_like(value: Any, target: WithAux, where: str, qarray_module: Any = qarray) -> WithAux:
+    """A float parameter quantized as `target`, which may be abstract, is: same shape, granularity and format."""
+    shape = tuple(target.array.shape)
+    if math.prod(value.shape) != math.prod(shape):
+        raise ValueError(
+            f"{where} has shape {tuple(value.shape)}, which cannot become the {shape} of the quantized model"
+        )
+    how = how_of(target)
+    array = boxed_param.quantize_value(boxed_param.reshape_value(value, shape), how, qarray_module)
+    return target.replace(array=jax.tree.map(lambda x: boxed_param.rebox(value, x, shape), array))
+
+
+def how_of(target: WithAux) -> qarray.HowToQuantize:
+    """How a quantized parameter was quantized, in terms of its stored axes.
+
+    The granularity is read off the scale's shape: under Linen's lifted transforms `how` was written down for the slice that
+    the op saw, without the stacked axes.
+    """
+    shape, scale_shape = target.array.shape, target.array.scale.shape
+    pairs = list(enumerate(zip(shape, scale_shape, strict=True)))
+    return dataclasses.replace(
+        target.how,
+        channelwise_axes=tuple(i for i, (size, scale) in pairs if size == scale),
+        tiled_axes={i: size // scale for i, (size, scale) in pairs if 1 < scale < size},
+    )
+
+
+def static_scales(
+    quant_stats: Any, template: Template
+) -> Iterator[tuple[tuple[str | int, ...], WithAux, jax.Array | None]]:
+    """(path of the activation, scale, zero point) of each statistic that the model has a place for."""
+    for path, stat in flatten(quant_stats, is_leaf=lambda x: "count" in x):
+        where = "/".join(map(str, path))
+        target = template.get((*path[:-1], f"{path[-1]}_scale"))
+        if target is None:
+            continue
+        if not isinstance(stat["count"], jax.core.Tracer) and int(stat["count"]) == 0:
+            raise ValueError(
+                f"quant_stats is not initialized for {where}: its count is 0. Run the calibration or QAT model with the "
+                "collection 'quant_stats' mutable first."
+            )
+        calibration = averaging.SimpleMovingAverage().get_calibration(stat)
+        scale, zero_point = qarray.compute_scale_zero_point(calibration, target.how.qtype)
+        if tuple(scale.shape) != tuple(target.array.shape):
+            raise ValueError(
+                f"the statistic {where} has shape {scale.shape}, the quantized model wants {target.array.shape}"
+            )
+        yield path, target.replace(array=scale.astype(jnp.float32)), zero_point
+
+
+def flatten(
+    tree: Any, is_leaf: Any = lambda _: False
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """(path, leaf) of a nested mapping; `is_leaf` may stop at an inner mapping."""
+    if not isinstance(tree, Mapping):
+        yield (), tree
+        return
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and not is_leaf(value):
+            yield from (((key, *path), leaf) for path, leaf in flatten(value, is_leaf))
+        else:
+            yield (key,), value
+
+
+class Template:
+    """A quantized Linen parameter tree or NNX model, as something to look up paths in."""
+
+    def __init__(self, tree: Any):
+        self._is_nnx = isinstance(tree, nnx.Module)
+        self._tree = tree
+
+    def get(self, path: tuple[str | int, ...]) -> Any | None:
+        """What stands at a path, unboxed; None if nothing does."""
+        return flax_util.unbox(flax_util.get_value_from_path(self._tree, path))
+
+    def restore(self, flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
+        """The nested dict of a flat one, in the form that the framework takes."""
+        nested: dict[Any, Any] = {}
+        for path, value in flat.items():
+            node = nested
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = as_pure_dict(value) if self._is_nnx else value
+        return nested
+
+
+def as_pure_dict(value: Any) -> Any:
+    """An array structure as the nested dict of its arrays, which is how NNX states hold it.
+
+    >>> import jax.numpy as jnp
+    >>> sorted(as_pure_dict(qarray.quantize_api(jnp.ones((2, 2)), 'int8')))
+    ['qvalue', 'scale']
+    """
+    if not pytree.is_array_structure(value):
+        return value
+    fields = {n: getattr(value, n) for n in pytree.field_names(value, is_static=False)}
+    return {name: as_pure_dict(leaf) for name, leaf in fields.items() if leaf is not None}
