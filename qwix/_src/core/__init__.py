@@ -1,0 +1,1 @@
+"""Quantized arrays and the ops on them: pure functions, no Flax."""

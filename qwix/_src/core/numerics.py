@@ -1,7 +1,7 @@
-"""The number formats: which values a quantized element can take, and how a float becomes one of them.
+"""The number formats: which values a quantized element can take, and how a float becomes one.
 
-A *qtype* names a format. It is a dtype (`jnp.int8`, `jnp.float8_e4m3fn`, ...) or one of the names below, for formats
-that NumPy has no dtype for:
+A *qtype* names a format. It is a dtype (`jnp.int8`, `jnp.float8_e4m3fn`, ...) or one of these
+names, for formats that NumPy has no dtype for:
 
 | name | stored as | values |
 |---|---|---|
@@ -11,12 +11,11 @@ that NumPy has no dtype for:
 | `mxfp4` | float4_e2m1fn | those of e2m1fn; scales are powers of two |
 | `nvfp4` | float4_e2m1fn | those of e2m1fn; scales are values of e4m3fn |
 
-Everything here works on elements that are already divided by their scale; `qarray.py` finds the scale.
+Everything here works on elements that are already divided by their scale, which `qarray.py` finds.
 """
 
-import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +31,10 @@ _BLOCK_FLOAT_FORMATS = {
     "mxfp4": np.dtype(jnp.float4_e2m1fn),
     "nvfp4": np.dtype(jnp.float4_e2m1fn),
 }
-# int4 is the one named integer that is also the dtype it is stored in; int2 the name is stored as int4, unlike jnp.int2.
-_NAMED_INTEGERS = ("int2", "int3", "int5", "int6", "int7")
-_QUANTIZABLE_DTYPES = tuple(
-    np.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
-)
+# The name int4 means the same as the dtype. The name int2 is stored as int4, unlike jnp.int2.
+_NAMED_INTEGERS = {f"int{bits}": bits for bits in (2, 3, 5, 6, 7)}
+_QUANTIZABLE = tuple(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
+_FLOAT4 = np.dtype(jnp.float4_e2m1fn)
 
 # QLoRA (arXiv 2305.14314), appendix E.
 _NF4_CODE_POINTS = (
@@ -60,16 +58,15 @@ _NF4_CODE_POINTS = (
 
 
 def canonical_qtype(qtype: QType) -> str | np.dtype:
-    """One object for each format, so that `jnp.int8`, 'int8' and `np.dtype('int8')` compare and hash equal.
+    """One object per format: `jnp.int8`, 'int8' and `np.dtype('int8')` all give the last.
 
-    Returns the name of a format without a dtype, or else an `np.dtype`. Raises ValueError if `qtype` is neither.
+    Returns the name of a format without a dtype, or else an `np.dtype`; both compare equal to what
+    was given. Raises ValueError if `qtype` is neither.
 
-    >>> canonical_qtype(jnp.int8) == canonical_qtype('int8')
-    True
+    >>> canonical_qtype(jnp.int8), canonical_qtype("int8"), canonical_qtype("nf4")
+    (dtype('int8'), dtype('int8'), 'nf4')
     """
-    if isinstance(qtype, str) and (
-        qtype == "nf4" or qtype in _NAMED_INTEGERS or qtype in _BLOCK_FLOAT_FORMATS
-    ):
+    if isinstance(qtype, str) and (qtype == "nf4" or qtype in _NAMED_INTEGERS or qtype in _BLOCK_FLOAT_FORMATS):
         return qtype
     try:
         if qtype is None:  # which NumPy takes to mean float64
@@ -77,8 +74,8 @@ def canonical_qtype(qtype: QType) -> str | np.dtype:
         return np.dtype(qtype)
     except TypeError as e:
         raise ValueError(
-            f"{qtype!r} is no number format: use a dtype such as jnp.int8, or one of nf4, int2 .. int7, "
-            f"{', '.join(_BLOCK_FLOAT_FORMATS)}."
+            f"{qtype!r} is no number format: use a dtype such as jnp.int8, or one of nf4, "
+            f"{', '.join([*_NAMED_INTEGERS, *_BLOCK_FLOAT_FORMATS])}."
         ) from e
 
 
@@ -91,11 +88,11 @@ def storage_dtype(qtype: QType) -> np.dtype:
         return np.dtype(jnp.uint4)
     if qtype in _BLOCK_FLOAT_FORMATS:
         return _BLOCK_FLOAT_FORMATS[qtype]
-    return np.dtype(jnp.int4 if int(qtype.removeprefix("int")) <= 4 else jnp.int8)
+    return np.dtype(jnp.int4 if _NAMED_INTEGERS[qtype] <= 4 else jnp.int8)
 
 
 def integer_range(qtype: QType) -> tuple[int, int] | None:
-    """(smallest, largest) value of an integer format, or None for nf4 and float formats."""
+    """(smallest, largest) value of an integer format; None for nf4 and float formats."""
     qtype = canonical_qtype(qtype)
     if isinstance(qtype, np.dtype):
         if not jnp.issubdtype(qtype, jnp.integer):
@@ -103,18 +100,18 @@ def integer_range(qtype: QType) -> tuple[int, int] | None:
         info = jnp.iinfo(qtype)
         return int(info.min), int(info.max)
     if qtype in _NAMED_INTEGERS:
-        half = 1 << (int(qtype.removeprefix("int")) - 1)
+        half = 1 << (_NAMED_INTEGERS[qtype] - 1)
         return -half, half - 1
     return None
 
 
 def should_quantize(dtype: Any) -> bool:
-    """Whether arrays of this dtype are quantized: only float16, bfloat16, float32 and float64.
+    """Whether arrays of this dtype are quantized: float16, bfloat16, float32 and float64 only.
 
-    >>> should_quantize(jnp.bfloat16), should_quantize(jnp.int32), should_quantize(jnp.float8_e4m3fn)
+    >>> should_quantize(jnp.bfloat16), should_quantize(jnp.int32), should_quantize(jnp.float8_e5m2)
     (True, False, False)
     """
-    return np.dtype(dtype) in _QUANTIZABLE_DTYPES
+    return np.dtype(dtype) in _QUANTIZABLE
 
 
 def can_dequant_on_output(qtype: QType) -> bool:
@@ -122,20 +119,21 @@ def can_dequant_on_output(qtype: QType) -> bool:
 
     False for nf4, whose elements are indices; True for every other format.
 
-    >>> can_dequant_on_output('nf4'), can_dequant_on_output(jnp.int4)
+    >>> can_dequant_on_output("nf4"), can_dequant_on_output(jnp.int4)
     (False, True)
     """
     return canonical_qtype(qtype) != "nf4"
 
 
 def get_symmetric_bound(qtype: QType) -> float:
-    """B such that [-B, B] is the range which symmetric quantization fills: scale = absmax / B.
+    """B, such that symmetric quantization fills [-B, B]: scale = absmax / B.
 
-    An integer format reaches half a step beyond its largest value, B = qmax + 0.5, so that rounding spreads evenly
-    over it; int16 is the exception (32768, as 32767.5 is lost in float16 and bfloat16 arithmetic). A float format
-    has B = its largest finite value; nf4 has 1. Raises ValueError for anything that is not a quantized format.
+    An integer format reaches half a step beyond its largest value, B = qmax + 0.5, so that the
+    largest value is rounded to from both sides, like others; int16 has 32768, since 32767.5 is no
+    bfloat16 or float16. A float format has its largest finite value, nf4 has 1. Raises ValueError
+    for a dtype that nothing is quantized to.
 
-    >>> get_symmetric_bound(jnp.int8), get_symmetric_bound('int3'), get_symmetric_bound('mxfp4')
+    >>> get_symmetric_bound(jnp.int8), get_symmetric_bound("int3"), get_symmetric_bound("mxfp4")
     (127.5, 3.5, 6.0)
     """
     canonical = canonical_qtype(qtype)
@@ -144,31 +142,27 @@ def get_symmetric_bound(qtype: QType) -> float:
     dtype = storage_dtype(canonical)
     bounds = integer_range(canonical)
     if bounds is not None:
-        bits = jnp.iinfo(dtype).bits
-        if bits == 1 or bits > 16:
-            raise ValueError(f"Cannot quantize to {qtype}: integers of 2 to 16 bits are supported.")
+        if not 2 <= jnp.iinfo(dtype).bits <= 16:
+            raise ValueError(f"Cannot quantize to {qtype}: use an integer of 2 to 16 bits.")
         return 32768.0 if bounds[1] == 32767 else bounds[1] + 0.5
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 1:
         raise ValueError(f"Cannot quantize to {qtype}: it is no 8-bit or 4-bit float format.")
     if dtype == jnp.float8_e8m0fnu:
-        raise ValueError(
-            f"Cannot quantize to {qtype}: it has no zero and no sign, it is for scales."
-        )
+        raise ValueError(f"Cannot quantize to {qtype}: without zero and sign, it is for scales.")
     return float(jnp.finfo(dtype).max)
 
 
 def get_asymmetric_bound(qtype: QType) -> tuple[float, float]:
-    """(qmin, qmax), the range that asymmetric quantization fills: scale = (max - min) / (qmax - qmin).
+    """(qmin, qmax), the range that asymmetric quantization fills; int4, int8 and int16 only.
 
-    Only int4, int8 and int16; ValueError for other formats.
+    scale = (max - min) / (qmax - qmin). Raises ValueError for other formats.
 
     >>> get_asymmetric_bound(jnp.int8)
     (-128.0, 127.0)
     """
-    canonical = canonical_qtype(qtype)
-    if canonical in (np.dtype(jnp.int4), np.dtype(np.int8), np.dtype(np.int16)):
-        low, high = integer_range(canonical)  # type: ignore[misc]
-        return float(low), float(high)
+    if canonical_qtype(qtype) in (np.dtype(jnp.int4), np.dtype(np.int8), np.dtype(np.int16)):
+        info = jnp.iinfo(canonical_qtype(qtype))
+        return float(info.min), float(info.max)
     raise ValueError(
         f"{qtype} has no asymmetric quantization: use int4, int8 or int16, or a symmetric calibration method."
     )
@@ -177,78 +171,138 @@ def get_asymmetric_bound(qtype: QType) -> tuple[float, float]:
 def convert_to(x: jax.Array, qtype: QType, noise_fn: NoiseFn | None = None) -> jax.Array:
     """Rounds floats, already divided by their scale, to the nearest values of a format.
 
-    Integers round half to even and saturate. Floats are clipped to the largest finite value, then rounded half to
-    even. nf4 gives the index of the nearest code point, the lower one on a tie. NaN stays NaN in formats that have
-    one and is an arbitrary value in others, so that a caller has to keep it elsewhere (`qarray.quantize` puts it in
-    the scale).
+    Integers round half to even and saturate. Floats are clipped to the largest finite value, then
+    round half to even. nf4 gives the index of the nearest code point, the lower one on a tie. NaN
+    stays NaN in a format that has one; in others it becomes some value, so that a caller keeps it
+    elsewhere (`qarray.quantize` does in the scale).
 
     Args:
         x: float array.
         qtype: the format.
-        noise_fn: shape -> noise, added in float32 before rounding to an integer (stochastic rounding). Other formats
-            do not have steps of 1, so that it is ignored with a warning.
+        noise_fn: shape -> noise, added in float32 before rounding to integers (stochastic
+            rounding). Other formats do not have steps of 1: it is ignored there, with a warning.
 
     Returns:
-        An array of the format's storage dtype and x's shape.
+        An array of x's shape in the format's storage dtype.
 
     >>> convert_to(jnp.array([0.5, 1.5, -200.0]), jnp.int8)
     Array([   0,    2, -128], dtype=int8)
     """
+    return narrow(encode(x, qtype, noise_fn), qtype)
+
+
+def encode(x: jax.Array, qtype: QType, noise_fn: NoiseFn | None = None) -> jax.Array:
+    """`convert_to` without the last step: elements of 4 bits or fewer still have a byte each.
+
+    Integers come as int8 (uint8 if unsigned), nf4 and float4 as their codes in uint8. Wider formats
+    are as from `convert_to`.
+    """
     canonical = canonical_qtype(qtype)
     dtype = storage_dtype(canonical)
     bounds = integer_range(canonical)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if noise_fn is not None:
         if bounds is None:
-            warnings.warn(f"noise_fn is ignored: {qtype} is no integer format.", stacklevel=2)
+            warnings.warn(f"noise_fn is ignored: {qtype} is no integer format.", stacklevel=3)
         else:
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) + noise_fn(x.shape)
+            x = x + noise_fn(x.shape)
     if bounds is not None:
-        return jnp.clip(jnp.round(x), *bounds).astype(dtype)
+        return jnp.clip(jnp.round(x), *bounds).astype(_byte_dtype(dtype))
     if canonical == "nf4":
-        return fp_to_nf4(x)
+        return _nf4_index(x)
+    if dtype == _FLOAT4:
+        return _float4_code(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Cannot quantize to {qtype}: it is no integer or float format.")
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
+def narrow(codes: jax.Array, qtype: QType) -> jax.Array:
+    """Brings what `encode` returns into the format's storage dtype."""
+    dtype = storage_dtype(qtype)
+    if codes.dtype == dtype:
+        return codes
+    if dtype == _FLOAT4:
+        return jax.lax.bitcast_convert_type(codes.astype(jnp.uint4), dtype)
+    return codes.astype(dtype)
+
+
 def convert_from(x: jax.Array, qtype: QType) -> jax.Array:
     """Turns stored elements into the numbers that they stand for.
 
-    nf4 indices become float32 code points; every other format's elements are numbers already and are returned as is.
+    nf4 indices become float32 code points. Elements of every other format are numbers already, and
+    are returned as they are.
 
-    >>> convert_from(jnp.array([0, 15], jnp.uint4), 'nf4')
+    >>> convert_from(jnp.array([0, 15], jnp.uint4), "nf4")
     Array([-1.,  1.], dtype=float32)
     """
     return nf4_to_fp(x) if canonical_qtype(qtype) == "nf4" else x
 
 
 def get_nf4_buckets() -> jax.Array:
-    """The 16 code points of nf4 as float32 (16,), ascending (QLoRA, arXiv 2305.14314, appendix E)."""
+    """The 16 code points of nf4, ascending, float32 (16,) (QLoRA, arXiv 2305.14314, appendix E)."""
     return jnp.array(_NF4_CODE_POINTS, jnp.float32)
 
 
-@functools.cache
-def _nf4_thresholds() -> tuple[float, ...]:
-    """For each neighbouring pair of code points the largest float32 that is not nearer to the upper one."""
-    points = np.array(_NF4_CODE_POINTS, np.float32).astype(np.float64)
-    midpoints = (points[1:] + points[:-1]) / 2
-    rounded = midpoints.astype(np.float32)
-    below = np.nextafter(rounded, np.float32(-2))
-    return tuple(float(t) for t in np.where(rounded > midpoints, below, rounded))
-
-
 def fp_to_nf4(array: jax.Array) -> jax.Array:
-    """The index (uint4) of the nf4 code point nearest to each element; the lower one on a tie, 0 for NaN.
+    """The index (uint4) of the nf4 code point nearest to each element; the lower one on a tie.
 
     >>> fp_to_nf4(jnp.array([-3.0, 0.0, 0.1, 1.0]))
-    Array([ 0,  7,  8, 15], dtype=uint4)
+    Array([0, 7, 8, 15], dtype=uint4)
     """
-    # The index is the number of thresholds below x: comparisons fuse into one loop, without a copy for each.
-    index = sum((array > t).astype(jnp.uint8) for t in _nf4_thresholds())
-    return index.astype(jnp.uint4)  # type: ignore[union-attr]
+    return convert_to(array, "nf4")
 
 
 def nf4_to_fp(array: jax.Array) -> jax.Array:
     """The float32 code point of each nf4 index; the inverse of `fp_to_nf4`."""
-    return get_nf4_buckets()[array.astype(jnp.uint8)]
+    index = array.astype(jnp.int32)
+    points = [np.float32(point) for point in _NF4_CODE_POINTS]
+    return _select(points, [index & (8 >> level) != 0 for level in range(4)])
+
+
+def _nf4_index(x: jax.Array) -> jax.Array:
+    # A binary search of 4 comparisons: element-wise, so that it fuses into one loop without copies.
+    thresholds = _nf4_thresholds(x.dtype)
+    bits: list[jax.Array] = []
+    for step in (8, 4, 2, 1):
+        bits.append(x > _select(thresholds[step - 1 :: 2 * step], bits))
+    return sum((bit * jnp.int32(8 >> i) for i, bit in enumerate(bits)), jnp.int32(0)).astype(jnp.uint8)
+
+
+def _nf4_thresholds(dtype: Any) -> list[np.floating]:
+    """For each two neighbouring code points the largest number that is not nearer to the upper."""
+    points = np.array(_NF4_CODE_POINTS, np.float32).astype(np.float64)
+    midpoints = (points[1:] + points[:-1]) / 2
+    rounded = midpoints.astype(dtype)
+    return list(np.where(rounded > midpoints, np.nextafter(rounded, dtype.type(-2)), rounded))
+
+
+def _select(values: Sequence[Any], bits: Sequence[jax.Array]) -> Any:
+    """values[i], where i has the given bits, the highest first."""
+    for bit in reversed(bits):
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(bit, upper, lower) for lower, upper in pairs]
+    return values[0]
+
+
+def _float4_code(x: jax.Array) -> jax.Array:
+    """The bits of x rounded to float4_e2m1fn: a sign, and the index of 0, .5, 1, 1.5, 2, 3, 4, 6.
+
+    Comparisons vectorize on every backend, while XLA's CPU backend converts to float4 element by
+    element (jaxlib 0.10.2).
+    """
+    magnitude = jnp.abs(x)
+    # A tie goes to the even code: down from an odd one's lower threshold, up from the next.
+    index = sum(
+        (magnitude > t if lower % 2 == 0 else magnitude >= t).astype(jnp.uint8)
+        for lower, t in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    )
+    return jnp.where(jnp.signbit(x), jnp.uint8(8), jnp.uint8(0)) | index
+
+
+def _byte_dtype(dtype: np.dtype) -> np.dtype:
+    """The integer dtype of at least a byte that holds values of an integer dtype."""
+    if jnp.iinfo(dtype).bits >= 8:
+        return dtype
+    return np.dtype(np.uint8 if jnp.issubdtype(dtype, jnp.unsignedinteger) else np.int8)

@@ -9,11 +9,12 @@
 >>> doubled.values, doubled.unit
 (6.0, 'm')
 
-A structure cannot be assigned to, its children are the array fields (keys are the field names) and its aux data the
-static ones, and it has `replace(**updates)`. A subclass decorated likewise adds its own fields.
+A structure cannot be assigned to, its children are the array fields (keys are the field names) and
+its aux data the static ones, and it has `replace(**updates)`. A subclass decorated likewise adds
+its own fields.
 
-Unflattening runs no `__init__` and looks at no leaf, because tree transformations put anything in there: tracers,
-`ShapeDtypeStruct`, `nnx.Param`, None, `object()`.
+Unflattening runs no `__init__` and looks at no leaf, because tree transformations put anything in
+there: tracers, `ShapeDtypeStruct`, `nnx.Param`, None, `object()`.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ _structures: set[type] = set()
 
 
 def static(**kwargs: Any) -> Any:
-    """A dataclass field that is aux data of the pytree: hashable, compared by value, never traced."""
+    """A dataclass field that is aux data of the pytree: hashable and compared by value."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
@@ -82,8 +83,9 @@ def is_array_structure(obj: Any) -> bool:
 def unwrap(obj: Any) -> Any:
     """Takes arrays out of the boxes that modules keep them in (`nnx.Param`, `nn.Partitioned`).
 
-    `obj` is an array, a box of one, or an array structure whose fields are such, to any depth. A box is what is not an
-    array and has `get_value()` or `value`. Returns `obj` itself when there is nothing to take out.
+    `obj` is an array, a box of one, or an array structure whose fields are such, to any depth. A
+    box is what is not an array and has `get_value()` or `value`. Returns `obj` itself when there
+    is nothing to take out.
     """
     if obj is None or isinstance(obj, (jax.Array, np.ndarray)):
         return obj
@@ -92,7 +94,7 @@ def unwrap(obj: Any) -> Any:
         new = {name: unwrap(leaf) for name, leaf in old.items()}
         if all(new[name] is old[name] for name in old):
             return obj
-        # Not `replace`: a subclass may check its fields there, and the other fields stay what they are.
+        # Not `replace`: the other fields stay as they are, whatever __init__ makes of them.
         copy = object.__new__(type(obj))
         copy.__dict__.update(obj.__dict__, **new)
         return copy
