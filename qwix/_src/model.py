@@ -57,17 +57,13 @@ def quantize_model(
             raise ValueError(f"{type(model).__name__} has no method {name!r} to quantize")
     if isinstance(model, nn.Module):
         if model_inputs or model_inputs_kwargs:
-            raise ValueError(
-                "a Linen model is quantized when it is initialized or called: leave the model inputs out"
-            )
+            raise ValueError("a Linen model is quantized when it is initialized or called: leave the model inputs out")
         return quantize_linen_model(model, provider, methods)
     if isinstance(model, nnx.Module):
         if len(methods) != 1:
             raise ValueError(f"one method of an NNX model can be quantized, got {tuple(methods)}")
         (method,) = methods
-        return quantize_nnx_model(
-            model, provider, *model_inputs, call_method=method, **model_inputs_kwargs
-        )
+        return quantize_nnx_model(model, provider, *model_inputs, call_method=method, **model_inputs_kwargs)
     raise ValueError(f"{type(model).__name__} is neither a Linen nor an NNX module")
 
 
@@ -82,9 +78,7 @@ def quantize_linen_model(
     fields = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
-        if field.init
-        and field.name != "parent"
-        and not (field.name == "name" and model.name is None)
+        if field.init and field.name != "parent" and not (field.name == "name" and model.name is None)
     }
     return _subclass(cls, wrapped, provider)(**fields)
 
@@ -122,14 +116,13 @@ def _has_required_inputs(model: nnx.Module, method: str) -> bool:
     return any(p.default is p.empty and p.kind not in variadic for p in parameters)
 
 
-def _subclass(
-    cls: type, methods: dict[str, Callable[..., Any]], provider: qconfig.QuantizationProvider
-) -> type:
+def _subclass(cls: type, methods: dict[str, Callable[..., Any]], provider: qconfig.QuantizationProvider) -> type:
     namespace = methods | {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "_qwix_providers": (*getattr(cls, "_qwix_providers", ()), provider),
+        # provider -> records of the ops of this model, for `summarize`
+        "_qwix_records": {**getattr(cls, "_qwix_records", {}), provider: {}},
     }
     return type(cls)(cls.__name__, (cls,), namespace)
 
@@ -155,11 +148,7 @@ def _intercepted(
             run,
             get_interceptor,
             disable_jit=provider.disable_jit,
-            **(
-                {"input_transform": input_transform, "output_transform": output_transform}
-                if innermost
-                else {}
-            ),
+            **({"input_transform": input_transform, "output_transform": output_transform} if innermost else {}),
         )
 
     # Not functools.wraps: Linen would take the copied marks of @nn.compact for a compact method of the subclass.
@@ -167,7 +156,7 @@ def _intercepted(
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         root = flax_util.module_path(self)
         with provenance.session() as book:
-            book.roots.append((provider, root))
+            book.roots.append((provider, root, type(self)._qwix_records[provider]))
             try:
                 output = run(self, *args, **kwargs)
             finally:
@@ -200,9 +189,7 @@ def set_child(owner: Any, key: str | int, value: Any) -> None:
         setattr(owner, key, value)
 
 
-def _first_run(
-    model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> nnx.Module:
+def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nnx.Module:
     """Traces an NNX model once, and puts in what its provider asked for: quantized weights and new variables.
 
     The trace tells which weights to quantize, and how; that is then done one weight at a time, outside of the trace. Of
@@ -256,13 +243,9 @@ def _first_run(
     return model
 
 
-def _evaluate(
-    run: Callable[..., Any], paths: list[Any], state: Any, arrays: list[Any]
-) -> dict[Any, Any]:
+def _evaluate(run: Callable[..., Any], paths: list[Any], state: Any, arrays: list[Any]) -> dict[Any, Any]:
     """The variables at `paths` that a run creates; of the run only what they depend on is computed."""
-    arrays = [
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays
-    ]
+    arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays]
     wanted = jax.jit(lambda state, arrays: {p: run(state, arrays)[p] for p in paths})
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         return jax.eval_shape(wanted, state, arrays)

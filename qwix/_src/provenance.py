@@ -142,9 +142,7 @@ class ParamRef:
             try:
                 granularity = view.pull(granularity)
             except ValueError as e:
-                raise ValueError(
-                    f"{self.path}: {e}. Store the parameter in the shape that the op uses."
-                ) from e
+                raise ValueError(f"{self.path}: {e}. Store the parameter in the shape that the op uses.") from e
         return tuple(granularity)
 
     def apply(self, array: Any) -> Any:
@@ -171,8 +169,8 @@ class _Book:
         self.modules: dict[int, Any] = {}
         # id of a module -> (the module, op name -> how many of it ran there)
         self.op_counts: dict[int, tuple[Any, dict[str, int]]] = {}
-        # (provider, keys of the model that it quantizes), outermost first
-        self.roots: list[tuple[Any, tuple[str | int, ...]]] = []
+        # (provider, keys of the model that it quantizes, records of that model's ops), outermost first
+        self.roots: list[tuple[Any, tuple[str | int, ...], dict[Any, Any]]] = []
         # keys of an NNX parameter -> what has to stand there (filled by providers, carried out by `model`)
         self.replacements: dict[tuple[str | int, ...], Any] = {}
         self.keep_replacements = False
@@ -306,9 +304,7 @@ def _views_of_eqn(eqn: Any, output: int) -> tuple[View, ...] | None:
 
 def apply_layout(function: Callable[..., Any], array: Any, args, kwargs) -> Any:
     """A layout function of `jax.numpy` on a QArray; a list if it returns several, None if it is no layout change."""
-    out = jax.eval_shape(
-        lambda x: function(x, *args, **kwargs), jax.ShapeDtypeStruct(array.shape, array.dtype)
-    )
+    out = jax.eval_shape(lambda x: function(x, *args, **kwargs), jax.ShapeDtypeStruct(array.shape, array.dtype))
     several = isinstance(out, Sequence)
     results = []
     for part in _parts(function, several, len(out) if several else 1):

@@ -91,16 +91,13 @@ class QuantizationProvider:
         self._rule_index_cache: dict[tuple[str, str], int | None] = {}
         self._id = next(_provider_ids)
         self.disable_jit = disable_jit
-        self.records: dict[tuple[str, str], OpRecord] = {}
 
     def _init_rule(self, rule: QuantizationRule) -> QuantizationRule:
         """Checks a rule and fills in what it leaves open."""
         try:
             re.compile(rule.module_path)
         except re.error as e:
-            raise ValueError(
-                f"module_path {rule.module_path!r} is no regular expression: {e}"
-            ) from e
+            raise ValueError(f"module_path {rule.module_path!r} is no regular expression: {e}") from e
         if rule.act_static_scale and rule.act_qtype is None:
             raise ValueError(
                 f"act_static_scale needs an act_qtype to be the scale of: set act_qtype, or drop it from {rule}"
@@ -122,9 +119,7 @@ class QuantizationProvider:
     def get_interceptors(self) -> Sequence[Callable[[], interception.Interceptor]]:
         """Factories of the interceptors to run the model under, outermost first."""
         return [
-            lambda: interception.Interceptor(
-                {**COMMON_INTERCEPTS, **self.get_intercept_map()}, id=("qwix", self._id)
-            )
+            lambda: interception.Interceptor({**COMMON_INTERCEPTS, **self.get_intercept_map()}, id=("qwix", self._id))
         ]
 
     def process_model_inputs(
@@ -142,14 +137,18 @@ class QuantizationProvider:
         """The rules that no op has matched so far, over all models that this provider has run."""
         return [r for r, n in zip(self._rules, self._rule_matches, strict=True) if n == 0]
 
+    def _running_model(self) -> tuple[tuple[str | int, ...], dict[tuple[str, str], OpRecord]]:
+        """Keys of the innermost running model that this provider quantizes, and the records of its ops."""
+        book = provenance.book()
+        for provider, root, records in reversed(book.roots if book is not None else ()):
+            if provider is self:
+                return root, records
+        return (), {}
+
     def _relative_module_path(self) -> str:
         """Path of the running module below the model that this provider quantizes."""
-        path = flax_util.get_current_module_path()
-        book = provenance.book()
-        for provider, root in reversed(book.roots if book is not None else ()):
-            if provider is self:
-                return "/".join(map(str, path[len(root) :]))
-        return "/".join(map(str, path))
+        root, _ = self._running_model()
+        return "/".join(map(str, flax_util.get_current_module_path()[len(root) :]))
 
     def _find_rule(self, path: str, op_name: str) -> int | None:
         key = (path, op_name)
@@ -158,8 +157,7 @@ class QuantizationProvider:
                 (
                     i
                     for i, rule in enumerate(self._rules)
-                    if re.fullmatch(rule.module_path, path)
-                    and (not rule.op_names or op_name in rule.op_names)
+                    if re.fullmatch(rule.module_path, path) and (not rule.op_names or op_name in rule.op_names)
                 ),
                 None,
             )
@@ -190,13 +188,14 @@ class QuantizationProvider:
             self._rule_matches[index] += 1
         op_id = f"{op_name}{_count_op(op_name, repeated_call)}"
         if not repeated_call:
-            self.records[path, op_id] = OpRecord(path, op_id, index)
+            self._running_model()[1][path, op_id] = OpRecord(path, op_id, index)
         return rule, op_id
 
     def _record(self, op_id: str, **found: Any) -> None:
         """Adds to the record of an op of the running module."""
         path = self._relative_module_path()
-        record = self.records.setdefault((path, op_id), OpRecord(path, op_id, None))
+        _, records = self._running_model()
+        record = records.setdefault((path, op_id), OpRecord(path, op_id, None))
         for name, value in found.items():
             setattr(record, name, value)
 
@@ -239,9 +238,7 @@ def _unjitted(name: str) -> Callable[..., Any]:
 
 def nn_param(module: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """`flax.linen.Module.param`, remembering what it hands out."""
-    value = interception.interception_manager.original("flax.linen.Module.param")(
-        module, name, *args, **kwargs
-    )
+    value = interception.interception_manager.original("flax.linen.Module.param")(module, name, *args, **kwargs)
     if kwargs.get("unbox", True):
         flax_util.track_linen_param(module, name, value)
     return value
@@ -253,10 +250,7 @@ COMMON_INTERCEPTS: Mapping[str, Callable[..., Any]] = {
     "flax.linen.Module.param": nn_param,
     "jax._src.numpy.array_methods._operator_matmul": _matmul_operator,
     "jax._src.numpy.array_methods._operator_rmatmul": _matmul_operator_reversed,
-    **{
-        f"jax.numpy.{name}": _unjitted(f"jax.numpy.{name}")
-        for name in ("matmul", "dot", "vdot", "inner")
-    },
+    **{f"jax.numpy.{name}": _unjitted(f"jax.numpy.{name}") for name in ("matmul", "dot", "vdot", "inner")},
 }
 
 
