@@ -1,0 +1,114 @@
+"""How long does it take to quantize a model, and to trace it afterwards?
+
+A 12-layer transformer (d 128) in NNX: `quantize_model`, and tracing of the quantized model as a multiple of tracing the
+float one, in one process, for a package that is called `qwix`. `--original PYTHON` runs the same script with another
+interpreter, in whose environment another implementation is installed.
+
+    python benchmarks/tracing.py [--original PYTHON] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import qwix
+
+WIDTH, HEADS, LAYERS, VOCABULARY = 128, 4, 12, 512
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.blocks = [Block(rngs) for _ in range(LAYERS)]
+        if hasattr(nnx, "List"):
+            self.blocks = nnx.List(self.blocks)
+        self.out = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+def trace_seconds(model: nnx.Module, tokens: jax.Array) -> float:
+    """Seconds of one trace of the model, by a function that jit has not seen."""
+    graphdef, state = nnx.split(model)
+    start = time.perf_counter()
+    jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, tokens)
+    return time.perf_counter() - start
+
+
+def measure() -> dict[str, float]:
+    tokens = jnp.ones((2, 16), jnp.int32)
+    model = Transformer(nnx.Rngs(0))
+    rules = {
+        "int8 weight-only": {"weight_qtype": jnp.int8},
+        "int8 dynamic": {"weight_qtype": jnp.int8, "act_qtype": jnp.int8},
+    }
+    result: dict[str, float] = {}
+    quantized = {}
+    for name, rule in rules.items():
+        provider = qwix.PtqProvider([qwix.QuantizationRule(**rule)])
+        start = time.perf_counter()
+        quantized[name] = qwix.quantize_model(model, provider, tokens)
+        jax.block_until_ready(nnx.state(quantized[name]))
+        result[f"{name}: quantize_model, s"] = time.perf_counter() - start
+    # Interleaved, so that a noisy moment of the machine hits all alike; the first round warms caches up.
+    times: dict[str, list[float]] = {"float": []} | {name: [] for name in rules}
+    for _ in range(8):
+        times["float"].append(trace_seconds(model, tokens))
+        for name, q in quantized.items():
+            times[name].append(trace_seconds(q, tokens))
+    base = statistics.median(times["float"][1:])
+    result["float: trace, s"] = base
+    for name in rules:
+        result[f"{name}: trace, multiple of float"] = statistics.median(times[name][1:]) / base
+        result[f"{name}: first trace, multiple of first float"] = times[name][0] / times["float"][0]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--original", help="interpreter with another implementation to compare with")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--raw", action="store_true", help="print the figures as JSON only")
+    args = parser.parse_args()
+    columns = {"this": measure()}
+    if args.raw:
+        print(json.dumps(columns["this"]))
+        return
+    if args.original:
+        out = subprocess.run([args.original, __file__, "--raw"], check=True, capture_output=True, text=True).stdout
+        columns["original"] = json.loads(out.splitlines()[-1])
+    width = max(map(len, columns["this"]))
+    print(" " * width, *(f"{name:>10}" for name in columns))
+    for row in columns["this"]:
+        print(f"{row:<{width}}", *(f"{column[row]:10.2f}" for column in columns.values()))
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(columns, f, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
