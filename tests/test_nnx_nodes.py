@@ -17,6 +17,7 @@ from flax import nnx
 
 from qwix._src import nnx_nodes
 from qwix._src.core import pytree, qarray
+from qwix._src.providers import boxed_param
 
 DIM = 4
 
@@ -27,6 +28,10 @@ def quantized(key: jax.Array, **how: Any) -> qarray.QArray:
     return qarray.quantize(jax.random.normal(key, (DIM, DIM)), qarray.HowToQuantize(**how))
 
 
+def with_aux(key: jax.Array, **how: Any) -> boxed_param.WithAux:
+    return boxed_param.WithAux(quantized(key, **how), qarray.HowToQuantize(**how))
+
+
 SYMMETRIC = {"qtype": jnp.int8, "channelwise_axes": (1,)}
 ASYMMETRIC = {"qtype": jnp.int8, "channelwise_axes": (1,), "calibration_method": "minmax"}
 TILED = {"qtype": jnp.int4, "channelwise_axes": (1,), "tiled_axes": {0: 2}}
@@ -35,6 +40,9 @@ STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "QArray-symmetric": lambda key: quantized(key, **SYMMETRIC),
     "QArray-asymmetric": lambda key: quantized(key, **ASYMMETRIC),
     "QArray-tiled": lambda key: quantized(key, **TILED),
+    "WithAux-symmetric": lambda key: with_aux(key, **SYMMETRIC),
+    "WithAux-asymmetric": lambda key: with_aux(key, **ASYMMETRIC),
+    "WithAux-tiled": lambda key: with_aux(key, **TILED),
 }
 
 # --- What may stand in the fields of a structure: arrays, or variables with their metadata.
@@ -173,9 +181,7 @@ def state(case: Case) -> None:
     found = {path[1:] for path, _ in flat if path[0] == "weight"}
     assert found == paths(case.raw())
     params = nnx.to_flat_state(nnx.state(case.model(), nnx.Param))
-    assert {path[1:] for path, _ in params if path[0] == "weight"} == (
-        set() if case.is_raw else paths(case.raw())
-    )
+    assert {path[1:] for path, _ in params if path[0] == "weight"} == (set() if case.is_raw else paths(case.raw()))
 
 
 @operation
@@ -380,9 +386,7 @@ def vmap_creation(case: Case) -> None:
     model = nnx.vmap(case.model)(keys)
     last = jax.tree.map(lambda array: array[2], model)
     assert type(last.weight) is type(case.weight())
-    for actual, expected in zip(
-        jax.tree.leaves(last.weight), jax.tree.leaves(case.weight(2)), strict=True
-    ):
+    for actual, expected in zip(jax.tree.leaves(last.weight), jax.tree.leaves(case.weight(2)), strict=True):
         # A reduction under vmap may round differently by one step.
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (actual, expected)), 1e-6)
 
@@ -437,9 +441,7 @@ def an_argument_and_a_result_of_transforms(case: Case) -> None:
     copies = jax.tree.map(lambda array: jnp.stack([array, array]), case.raw())
     np.testing.assert_allclose(nnx.vmap(number)(copies), jnp.full(2, number(case.raw())), rtol=1e-5)
     axes = jax.tree.map(lambda _: 0, copies)
-    np.testing.assert_allclose(
-        nnx.vmap(number, in_axes=(axes,))(copies), jnp.full(2, number(case.raw())), rtol=1e-5
-    )
+    np.testing.assert_allclose(nnx.vmap(number, in_axes=(axes,))(copies), jnp.full(2, number(case.raw())), rtol=1e-5)
 
 
 @operation
@@ -545,9 +547,7 @@ def under_two_names(case: Case) -> None:
     assert_same(model.again, case.weight(2))
     # Variables are shared by reference, arrays are values: the same as in every NNX module.
     for each in (merged, model, nnx.clone(model)):
-        shares = [
-            a is b for a, b in zip(variables(each.weight), variables(each.again), strict=True)
-        ]
+        shares = [a is b for a, b in zip(variables(each.weight), variables(each.again), strict=True)]
         assert all(shares) or case.is_raw
     assert ("weight" in nnx.state(model)) == case.is_raw
     assert "again" in nnx.state(model)

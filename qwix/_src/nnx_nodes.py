@@ -91,9 +91,7 @@ def register(cls: type[_T]) -> type[_T]:
         if key == _WHOLE:
             _check_replaceable(node, value)
         elif key not in fields:
-            raise ValueError(
-                f"A state has {key!r} for a {cls.__name__}, whose arrays are {', '.join(fields)}."
-            )
+            raise ValueError(f"A state has {key!r} for a {cls.__name__}, whose arrays are {', '.join(fields)}.")
         else:
             object.__setattr__(node, key, value)
 

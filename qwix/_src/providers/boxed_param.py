@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import nnx
 from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes as nnx_dtypes
 
@@ -125,9 +124,7 @@ class WithAux(Generic[ArrayTypeVar]):
     def concatenate(arrays: Sequence[WithAux], axis: int = 0, **kwargs) -> WithAux:
         """Quantized weights joined along an axis; their scales must agree on what they share."""
         axis = kwargs.pop("dimension", axis)
-        return arrays[0].value.replace(
-            array=concatenate_qarrays([a.value.array for a in arrays], axis)
-        )
+        return arrays[0].value.replace(array=concatenate_qarrays([a.value.array for a in arrays], axis))
 
     def __jax_array__(self) -> jax.Array:
         """The float weight, for functions that know nothing of quantization."""
@@ -148,9 +145,7 @@ def concatenate_qarrays(arrays: Sequence[qarray.QArray], axis: int) -> qarray.QA
         others = {leaf.shape[:axis] + leaf.shape[axis + 1 :] for leaf in leaves}
         if len(shared) > 1 or len(others) > 1:
             leaves = [
-                qarray.broadcast_to(
-                    leaf, leaf.shape[:axis] + (a.shape[axis],) + leaf.shape[axis + 1 :]
-                )
+                qarray.broadcast_to(leaf, leaf.shape[:axis] + (a.shape[axis],) + leaf.shape[axis + 1 :])
                 for a, leaf in zip(arrays, leaves, strict=True)
             ]
         return join(leaves)
@@ -255,16 +250,8 @@ def _shard_alike(value: Any, leaf: Any) -> Any:
     ):
         return leaf
     spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-    fits = [
-        name if _divides(sharding.mesh, name, size) else None
-        for name, size in zip(spec, leaf.shape, strict=True)
-    ]
-    return jax.device_put(leaf, jax.sharding.NamedSharding(sharding.mesh, jax.P(*fits)))
-
-
-def _divides(mesh: Any, names: Any, size: int) -> bool:
-    names = () if names is None else names if isinstance(names, tuple) else (names,)
-    return size % math.prod(mesh.shape[n] for n in names) == 0
+    fitting = flax_util.update_sharding(jax.P(*spec), shape=leaf.shape, mesh=sharding.mesh)
+    return jax.device_put(leaf, jax.sharding.NamedSharding(sharding.mesh, fitting))
 
 
 def _granularity(shape: Sequence[int], how: qarray.HowToQuantize) -> tuple[int | None, ...]:
@@ -276,9 +263,7 @@ def _granularity(shape: Sequence[int], how: qarray.HowToQuantize) -> tuple[int |
     )
 
 
-def _how_from_granularity(
-    how: qarray.HowToQuantize, granularity: Sequence[int | None]
-) -> qarray.HowToQuantize:
+def _how_from_granularity(how: qarray.HowToQuantize, granularity: Sequence[int | None]) -> qarray.HowToQuantize:
     return dataclasses.replace(
         how,
         channelwise_axes=tuple(i for i, g in enumerate(granularity) if g == 1),
@@ -345,9 +330,7 @@ def _create(
     if isinstance(ref, provenance.ConcatRef):
         starts = np.cumsum((0, *ref.sizes))
         parts = [
-            _create(
-                part, jax.lax.slice_in_dim(value, int(start), int(stop), axis=ref.axis), how, module
-            )
+            _create(part, jax.lax.slice_in_dim(value, int(start), int(stop), axis=ref.axis), how, module)
             for part, start, stop in zip(ref.parts, starts[:-1], starts[1:], strict=True)
         ]
         return WithAux.concatenate(parts, ref.axis)
@@ -417,15 +400,11 @@ def quantize_act(
         calibration = {k: v.mean(axes, keepdims=True) for k, v in calibration.items()}
         return qarray.compute_scale_zero_point(calibration, how.qtype)
 
-    scale = flax_util.get_or_create_param(
-        f"{act_name}_scale", lambda: WithAux(init()[0].astype(jnp.float32), how)
-    )
+    scale = flax_util.get_or_create_param(f"{act_name}_scale", lambda: WithAux(init()[0].astype(jnp.float32), how))
     zero_point = None
     if jax.eval_shape(init)[1] is not None:
         zero_point = flax_util.get_or_create_param(f"{act_name}_zero_point", lambda: init()[1])
-    return _qarray_module.quantize_with_scale_zero_point(
-        array, how.qtype, scale.array.astype(array.dtype), zero_point
-    )
+    return _qarray_module.quantize_with_scale_zero_point(array, how.qtype, scale.array.astype(array.dtype), zero_point)
 
 
 @contextlib.contextmanager
@@ -446,9 +425,7 @@ def _format(operand: Any) -> str:
     return qtype if isinstance(qtype, str) else jnp.dtype(qtype).name
 
 
-def _binary_einsum(
-    einsum_str: str, ndims: Sequence[int], index: int
-) -> tuple[str, tuple[int, int], bool]:
+def _binary_einsum(einsum_str: str, ndims: Sequence[int], index: int) -> tuple[str, tuple[int, int], bool]:
     """An einsum of two operands in which one operand has the role that it has in an einsum of many.
 
     Returns the einsum string, the ranks of the two operands, and whether the operand in question is the left one.
@@ -525,9 +502,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if rule is not None:
             self._record(
                 op_id,  # type: ignore[arg-type]
-                shapes=tuple(
-                    tuple(jnp.shape(x) if not hasattr(x, "shape") else x.shape) for x in operands
-                ),
+                shapes=tuple(tuple(jnp.shape(x) if not hasattr(x, "shape") else x.shape) for x in operands),
                 formats=tuple(_format(x) for x in result),
                 params=tuple(params),
             )
@@ -565,9 +540,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if rule.act_qtype is None:
             return operand, ""
         with _named("/".join(map(str, flax_util.get_current_module_path())), op_id):
-            how = get_how(
-                index, qtype=rule.act_qtype, calibration_method=rule.act_calibration_method
-            )
+            how = get_how(index, qtype=rule.act_qtype, calibration_method=rule.act_calibration_method)
             name = f"{op_id}_{('lhs', 'rhs')[index] if index < 2 else f'operand{index}'}"
             act = quantize_act(operand, how, rule, name, _qarray_module=self._qarray_module)
         return act, ""
@@ -672,12 +645,8 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
 
         def get_how(index: int, **kwargs) -> qarray.HowToQuantize:
             if rule.tile_size:  # type: ignore[union-attr]
-                raise ValueError(
-                    "tile_size is not supported for a convolution: leave it out of its rule"
-                )
-            return conv_general.get_how_to_quantize(
-                dimension_numbers=numbers, for_lhs=index == 0, **kwargs
-            )
+                raise ValueError("tile_size is not supported for a convolution: leave it out of its rule")
+            return conv_general.get_how_to_quantize(dimension_numbers=numbers, for_lhs=index == 0, **kwargs)
 
         kwargs: dict[str, Any] = {
             "window_strides": window_strides,

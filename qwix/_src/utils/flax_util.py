@@ -7,6 +7,7 @@ and how a parameter or a statistic is created next to it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -333,15 +334,18 @@ def update_sharding(
     split: Collection[int] | None = None,
     merge: Collection[int] | None = None,
     transpose: Sequence[int | None] | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
 ) -> tuple[Any, ...] | jax.P:
     """Derives the partition spec of a changed array; at most one of split, merge and transpose.
 
     Args:
       spec: names an axis, as a tuple or a `jax.P`; the result is of the same type.
-      shape: of the new array; an axis of size 1 loses its name.
+      shape: of the new array; an axis of size 1 loses its name, and so does one that cannot be cut
+        into as many parts as `mesh` has devices along that name.
       split: axes that became (axis, new axis): the name stays with the first.
       merge: the inverse of split, with the same arguments.
       transpose: for each new axis the old one, or None for a new axis.
+      mesh: on which the new array lies; names that it does not have are left alone.
 
     >>> update_sharding(('a', 'b'), transpose=(1, None, 0))
     ('b', None, 'a')
@@ -353,7 +357,7 @@ def update_sharding(
     if sum(x is not None for x in (split, merge, transpose)) > 1:
         raise ValueError("give one of split, merge and transpose")
     new = list(spec)
-    rank = len(shape) if shape is not None else None
+    parts = dict(mesh.shape) if mesh is not None else {}
     if split is not None:
         new = [n for i, name in enumerate(new) for n in ((name, None) if i in split else (name,))]
     if merge is not None:
@@ -362,8 +366,11 @@ def update_sharding(
     if transpose is not None:
         new += [None] * (max((t for t in transpose if t is not None), default=-1) + 1 - len(new))
         new = [None if t is None else new[t] for t in transpose]
-    if rank is not None:
-        new = [None if size == 1 else name for name, size in zip(new, shape, strict=False)]  # type: ignore[arg-type]
+    if shape is not None:
+        for axis, (names, size) in enumerate(zip(new, shape, strict=False)):
+            all_names = names if isinstance(names, tuple) else (names,)
+            if size == 1 or size % math.prod(parts.get(name, 1) for name in all_names):
+                new[axis] = None
     return jax.P(*new) if isinstance(spec, jax.P) else tuple(new)
 
 
@@ -384,6 +391,9 @@ def update_boxed(
     """
     new_value = unbox(boxed) if value is None else value
     change = {"shape": new_value.shape, "split": split, "merge": merge, "transpose": transpose}
+    sharding = getattr(new_value, "sharding", None)
+    on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
+    change["mesh"] = sharding.mesh if on_mesh else jax.sharding.get_abstract_mesh()
     if isinstance(boxed, nnx.Variable):
         metadata = dict(boxed.get_metadata())
         for key in ("out_sharding", "sharding", "sharding_names"):
