@@ -142,8 +142,7 @@ NOT_YET = (DATA / "not_yet.txt").read_text().split()
 DUE_MODULES = [
     module
     for module in MODULES
-    if not (names := [fact.path for fact in FACTS if fact.module == module])
-    or not set(names) <= set(NOT_YET)
+    if not (names := [fact.path for fact in FACTS if fact.module == module]) or not set(names) <= set(NOT_YET)
 ]
 
 
@@ -172,9 +171,7 @@ def signature_errors(function: Any, listed: list[Param]) -> list[str]:
     """What keeps a call written for the listed signature from working, one line each."""
     actual = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
     errors = []
-    positional = [
-        p.name for p in actual if p.kind in (POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
-    ]
+    positional = [p.name for p in actual if p.kind in (POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)]
     wanted = [p.name for p in listed if p.kind is POSITIONAL]
     if positional[: len(wanted)] != wanted:
         errors.append(f"positional parameters are {positional}, listed are {wanted}")
@@ -183,9 +180,7 @@ def signature_errors(function: Any, listed: list[Param]) -> list[str]:
     for param in listed:
         if param.kind in (VAR_POSITIONAL, VAR_KEYWORD):
             if param.kind not in kinds:
-                errors.append(
-                    f"takes no {param.kind.description} parameter, listed is {param.name}"
-                )
+                errors.append(f"takes no {param.kind.description} parameter, listed is {param.name}")
             continue
         found = by_name.get(param.name)
         if found is None:
@@ -221,18 +216,14 @@ def field_errors(cls: type, listed: list[tuple[str, str | None, bool]]) -> list[
             continue
         if field.default_factory is not dataclasses.MISSING:
             matches = default == f"{getattr(field.default_factory, '__name__', '')}()"
-            matches = matches or (
-                default is not None and is_default(field.default_factory(), default)
-            )
+            matches = matches or (default is not None and is_default(field.default_factory(), default))
         elif field.default is dataclasses.MISSING:
             matches = default is None
         else:
             matches = default is not None and is_default(field.default, default)
         if not matches:
             errors.append(f"field {name} has not the listed default {default}: {field}")
-        is_static = field.metadata.get("pytree_node") is False or field.metadata.get(
-            "static", False
-        )
+        is_static = field.metadata.get("pytree_node") is False or field.metadata.get("static", False)
         if static and not is_static:
             errors.append(f"field {name} is a pytree child, listed is static")
     for name, field in actual.items():
@@ -318,9 +309,7 @@ def test_package_exports_the_listed_names_and_nothing_else() -> None:
     listed = {f.name for f in FACTS if f.module == "qwix" and f.path not in NOT_YET} | ADDED
     assert set(qwix.__all__) == listed
     public = {
-        name
-        for name, value in vars(qwix).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
+        name for name, value in vars(qwix).items() if not name.startswith("_") and not isinstance(value, ModuleType)
     }
     assert public == listed
 
