@@ -36,18 +36,46 @@ def find_range(array: jax.Array, method: str, scale_shape: Sequence[int]) -> dic
         ones = (1,) * array.ndim
         return {name: jnp.full(ones, v, array.dtype) * poison for name, v in bounds.items()}
 
-    shape = tuple(scale_shape)
-    tiles = array.reshape(tiling.interleaved_shape(array.shape, shape))
-    within = tuple(range(1, tiles.ndim, 2))
     factor = args[0] if args else 1
-    if name == "rms":
-        squares = jnp.square(tiles.astype(compute_dtype(array.dtype)))
-        rms = jnp.sqrt(squares.mean(within)).reshape(shape)
-        return {"absmax": (rms * factor).astype(array.dtype)}
     if name == "absmax":
-        return {"absmax": jnp.abs(tiles).max(within, initial=0).reshape(shape) * factor}
-    low = tiles.min(within, initial=0).reshape(shape) * factor
-    return {"min": low, "max": tiles.max(within, initial=0).reshape(shape) * factor}
+        return {"absmax": _tile_max(jnp.abs(array), scale_shape) * factor}
+    if name == "minmax":
+        low = -_tile_max(-array, scale_shape)
+        return {"min": low * factor, "max": _tile_max(array, scale_shape) * factor}
+    tiles = tiling.regroup(array, tiling.interleaved_shape(array.shape, scale_shape))
+    squares = jnp.square(tiles.astype(compute_dtype(array.dtype)))
+    rms = tiling.regroup(jnp.sqrt(squares.mean(range(1, tiles.ndim, 2))), scale_shape)
+    return {"absmax": (rms * factor).astype(array.dtype)}
+
+
+def _tile_max(array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
+    """max(0, the largest element) of each tile, NaN if it holds one; in the scale's shape.
+
+    XLA's CPU backend (jaxlib 0.10.2) drops NaN in `max` of any but small arrays, and takes ten
+    times as long for it over an array that it has to compute first, such as abs(x). So the first
+    few elements of each tile are reduced by a maximum of our own, which is vectorized while there
+    are few of them, and what is left, an eighth, is searched for NaN.
+    """
+    if array.size == 0:
+        return jnp.zeros(scale_shape, array.dtype)
+    shape = list(tiling.interleaved_shape(array.shape, scale_shape)) or [1, 1]
+    axis = max(range(1, len(shape), 2), key=lambda axis: shape[axis])
+    # Chunks of an explicitly sharded axis might lie on several devices.
+    sizes = (1,) if any(jax.typeof(array).sharding.spec) else range(1, 9)
+    few = max(n for n in sizes if shape[axis] % n == 0)
+    if few > 1:
+        shape[axis] //= few
+        chunks = tiling.regroup(array, [*shape[: axis + 1], few, *shape[axis + 1 :]])
+        zero = np.zeros((), array.dtype)
+        array = jax.lax.reduce(chunks, zero, _max_or_nan, (axis + 1,))
+    tiles = tiling.regroup(array, shape)
+    within = tuple(range(1, tiles.ndim, 2))
+    largest = jnp.where(jnp.isnan(tiles).any(within), jnp.nan, tiles.max(within, initial=0))
+    return tiling.regroup(largest, scale_shape)
+
+
+def _max_or_nan(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where((x > y) | jnp.isnan(x), x, y)
 
 
 def compute_scale_zero_point(calibration: Mapping[str, jax.Array], qtype: Any) -> tuple[jax.Array, jax.Array | None]:

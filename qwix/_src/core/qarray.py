@@ -461,10 +461,10 @@ def reshape(array: QArray, *new_shape: Any) -> QArray:
                 f"point of shape {leaf.shape} cannot follow. Dequantize it first, or choose "
                 "another tile size."
             )
-        return leaf.reshape(shape)
+        return tiling.regroup(leaf, shape)
 
     shared = _map_leaves(array.replace(qvalue=array.scale), follow)
-    return shared.replace(qvalue=array.qvalue.reshape(target))
+    return shared.replace(qvalue=tiling.regroup(array.qvalue, target))
 
 
 def rewriting_take(array: Any, idx: Any) -> Any:

@@ -65,6 +65,52 @@ def check_divides(name: str, shared: Sequence[int], shape: Sequence[int]) -> Non
         )
 
 
+def regroup(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """array.reshape(shape), for axes that are split or joined; keeps explicit shardings.
+
+    Where a mesh has axes of type Explicit (the default of `jax.make_mesh`), JAX wants to be told
+    how most reshaped arrays are sharded: an axis that is split hands its name to the first part,
+    and axes that are joined keep that of the first. Raises ValueError where this would move data
+    between devices.
+
+    >>> regroup(jnp.ones((4, 6)), (2, 2, 6)).shape
+    (2, 2, 6)
+    """
+    shape = tuple(shape)
+    sharding = jax.typeof(array).sharding
+    if array.size == 0 or not any(sharding.spec):
+        return array.reshape(shape)
+    spec: list[Any] = [None] * len(shape)
+    i = j = 0
+    while i < array.ndim:
+        # The least numbers of old and of new axes from here that hold equally many elements.
+        i_end, j_end = i + 1, j + 1
+        old_size, new_size = array.shape[i], math.prod(shape[j:j_end])
+        while old_size != new_size:
+            if old_size < new_size:
+                old_size *= array.shape[i_end]
+                i_end += 1
+            else:
+                new_size *= shape[j_end]
+                j_end += 1
+        named = [axis for axis in range(i, i_end) if sharding.spec[axis] is not None]
+        if named:
+            names = sharding.spec[named[0]]
+            all_names = names if isinstance(names, tuple) else (names,)
+            parts = math.prod(sharding.mesh.shape[name] for name in all_names)
+            first = next(axis for axis in range(j, j_end) if shape[axis] > 1)
+            before = math.prod(array.shape[i : named[0]])
+            if len(named) > 1 or before > 1 or shape[first] % parts:
+                raise ValueError(
+                    f"An array of shape {array.shape} and sharding {sharding.spec} cannot be seen "
+                    f"as {shape} without moving it between devices: let tiles divide what lies on "
+                    f"each of the {parts} devices, or use mesh axes of type Auto."
+                )
+            spec[first] = names
+        i, j = i_end, j_end
+    return jnp.reshape(array, shape, out_sharding=jax.P(*spec))
+
+
 def split_axis(array: Any, tiled_axes: Mapping[int, int | float]) -> Any:
     """Reshapes each tiled axis into two, (number of tiles, tile size). Takes arrays and QArrays.
 
@@ -79,6 +125,8 @@ def split_axis(array: Any, tiled_axes: Mapping[int, int | float]) -> Any:
             new_shape += [size // tile, tile]
         else:
             new_shape.append(size)
+    if isinstance(array, jax.Array):
+        return regroup(array, new_shape)
     return array.reshape(tuple(new_shape))
 
 
@@ -113,7 +161,7 @@ def call_with_generic_broadcast(
             raise ValueError(f"Cannot broadcast {x.shape} and {y.shape}: {tiles} does not divide {size}.")
     if len(x_shape) == x.ndim:
         return op(x, y)
-    return op(x.reshape(x_shape), y.reshape(y_shape)).reshape(out_shape)
+    return regroup(op(regroup(x, x_shape), regroup(y, y_shape)), out_shape)
 
 
 def broadcast_array_to(array: jax.Array, target: Sequence[int]) -> jax.Array:
@@ -132,7 +180,8 @@ def broadcast_array_to(array: jax.Array, target: Sequence[int]) -> jax.Array:
     if all(n in (1, t) for n, t in zip(shape, target, strict=True)):
         return jnp.broadcast_to(array, target)
     split = [n for size in shape for n in (size, 1)]
-    return jnp.broadcast_to(array.reshape(split), interleaved_shape(target, shape)).reshape(target)
+    repeated = jnp.broadcast_to(regroup(array, split), interleaved_shape(target, shape))
+    return regroup(repeated, target)
 
 
 def transpose_array(array: jax.Array, transpose: Sequence[int | None]) -> jax.Array:
