@@ -6,9 +6,9 @@ A provider hands out an `Interceptor`, a mapping from dotted names to replacemen
 
 and `wrap_func_intercepted(fn, get_interceptor)` returns `fn` with that mapping in force while it runs. The contract:
 
-- **By any reference.** A plain Python function is redirected by exchanging its `__code__`, so a caller that did
+- **By any reference.** A Python function is redirected by exchanging its `__code__`, so a caller that did
   `from jax.lax import dot_general` long before is redirected as well. What has no exchangeable code (a `jax.jit`-ed
-  function, a class attribute) is replaced where it stands and in every module that holds the same object.
+  function, an instance of a class with `__call__`) is replaced where it stands and in every module that holds the same object.
 - **Per thread.** The exchange is process-wide, the decision is not: another thread gets the original.
 - **Nestable, never recursive.** Interceptors form a stack. The innermost one that knows the name handles the call;
   while it does, it and everything inside of it is off, so what it passes on reaches the outer ones or the original.
@@ -108,21 +108,30 @@ def has_attribute(name: str) -> bool:
     return True
 
 
-def _code_calling(fn: Callable[..., Any], name: str) -> types.CodeType:
-    """A code object without free variables that passes all of its arguments to `fn`.
+def _code_calling(fn: Callable[..., Any], function: types.FunctionType) -> types.CodeType:
+    """A code object for `function` that passes all of its arguments to `fn`.
 
-    The code runs with the globals of the function that it is planted into, so `fn` cannot be a global of it, and a
-    closure would need cells: it travels as a constant, in the place of a number that is compiled in for it.
+    The code runs with the globals and the closure of the function that it is planted into, so `fn` can be neither: it
+    travels as a constant, in the place of a number that is compiled in for it. Python wants the closure's size kept.
     """
+    cells = [f"cell{i}" for i in range(len(function.__code__.co_freevars))]
+    source = "\n".join(
+        [
+            "def plant():",
+            *(f"  {cell} = None" for cell in cells),
+            "  def trampoline(*args, **kwargs):",
+            *(f"    {cell}" for cell in cells),
+            "    return (0.5)(*args, **kwargs)",
+            "  return trampoline",
+        ]
+    )
     namespace: dict[str, Any] = {}
-    source = "def trampoline(*args, **kwargs): return (0.5)(*args, **kwargs)"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
-        exec(compile(source, f"<qwix interception of {name}>", "exec"), namespace)
-    code = namespace["trampoline"].__code__
-    return code.replace(
-        co_consts=tuple(fn if const == 0.5 else const for const in code.co_consts), co_name=name
-    )
+        exec(compile(source, f"<qwix interception of {function.__name__}>", "exec"), namespace)
+    code = namespace["plant"]().__code__
+    constants = tuple(fn if const == 0.5 else const for const in code.co_consts)
+    return code.replace(co_consts=constants, co_name=function.__name__)
 
 
 def passive(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,38 +154,43 @@ def reentrant(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Target:
-    """One interceptable name: how it is patched and what was there."""
+    """One interceptable function: its names, how it is patched, and what was there."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, owner: Any, attr: str, current: Any):
+        self.names: list[str] = []
         self.users = 0
-        owner, attr = _resolve_owner(name)
-        static = vars(owner).get(attr) if hasattr(owner, "__dict__") else None
-        self.current = static if static is not None else getattr(owner, attr)
-        self.owner, self.attr = owner, attr
-        if isinstance(self.current, types.FunctionType) and not self.current.__code__.co_freevars:
-            self.function: types.FunctionType | None = self.current
-            self.saved_code = self.current.__code__
-            original = types.FunctionType(
-                self.saved_code, self.current.__globals__, self.current.__name__
-            )
-            original.__defaults__ = self.current.__defaults__
-            original.__kwdefaults__ = self.current.__kwdefaults__
-            self.original: Callable[..., Any] = original
-            self.planted_code = _code_calling(self._dispatch, self.current.__name__)
+        self.owner, self.attr, self.current = owner, attr, current
+        self.stored = vars(owner).get(attr)  # a change of it means that somebody has put another function there
+        self.function = current if isinstance(current, types.FunctionType) else None
+        if self.function is not None:
+            self.saved_code: types.CodeType | None = None
+            self.planted_code = _code_calling(self._dispatch, self.function)
+            self._save_code()
         else:
-            self.function = None
-            self.original = self.current
+            self.original = current
             self.replacement = functools.update_wrapper(
-                lambda *args, **kwargs: self._dispatch(*args, **kwargs), self.current, updated=()
+                lambda *args, **kwargs: self._dispatch(*args, **kwargs), current, updated=()
             )
             self.holders: list[tuple[Any, str]] = []
             self.modules_seen = 0
 
+    def _save_code(self) -> None:
+        """Takes what the function runs now for the original; somebody else may have exchanged it since."""
+        function = self.function
+        assert function is not None
+        if function.__code__ is self.saved_code:
+            return
+        self.saved_code = function.__code__
+        original = types.FunctionType(
+            self.saved_code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        original.__kwdefaults__ = function.__kwdefaults__
+        self.original: Callable[..., Any] = original
+
     def _dispatch(self, *args, **kwargs):
         active = _state.active
         for i in range(len(active) - 1, -1, -1):
-            handler = active[i].mapping.get(self.name)
+            handler = self._handler(active[i].mapping)
             if handler is None:
                 continue
             if hasattr(handler, "reentrant"):
@@ -184,6 +198,9 @@ class _Target:
             if not hasattr(handler, "passive"):
                 with _activate(active[:i]):
                     return handler(*args, **kwargs)
+            if any(not hasattr(self._handler(a.mapping) or handler, "passive") for a in active[:i]):
+                with _activate(active[:i]):
+                    return handler(self._dispatch, *args, **kwargs)
             _state.active = ()
             try:
                 return handler(self.original, *args, **kwargs)
@@ -191,29 +208,45 @@ class _Target:
                 _state.active = active
         return self.original(*args, **kwargs)
 
+    def _handler(self, mapping: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
+        for name in self.names:
+            if name in mapping:
+                return mapping[name]
+        return None
+
     def patch(self) -> None:
         if self.function is not None:
-            # Somebody else may have exchanged the code since; what stands there now is the original.
+            self._save_code()
             self.function.__code__ = self.planted_code
             return
         if self.modules_seen != len(sys.modules) and not isinstance(self.owner, type):
             self.modules_seen = len(sys.modules)
-            self.holders = [
-                (module, attr)
-                for module in list(sys.modules.values())
-                if isinstance(module, types.ModuleType)
-                for attr, value in list(vars(module).items())
-                if value is self.current
-            ]
+            self.holders = _holders_of(self.current)
         for holder, attr in [(self.owner, self.attr), *self.holders]:
             setattr(holder, attr, self.replacement)
 
     def unpatch(self) -> None:
         if self.function is not None:
+            assert self.saved_code is not None
             self.function.__code__ = self.saved_code
             return
         for holder, attr in [(self.owner, self.attr), *self.holders]:
             setattr(holder, attr, self.current)
+        if self.modules_seen != len(sys.modules) and not isinstance(self.owner, type):
+            # Modules that were imported meanwhile, by the model or by another thread, may have taken the replacement.
+            for holder, attr in _holders_of(self.replacement):
+                setattr(holder, attr, self.current)
+
+
+def _holders_of(value: Any) -> list[tuple[types.ModuleType, str]]:
+    """The modules whose globals hold this very object, and under which name."""
+    return [
+        (module, attr)
+        for module in list(sys.modules.values())
+        if isinstance(module, types.ModuleType)
+        for attr, held in list(vars(module).items())
+        if held is value
+    ]
 
 
 class _State(threading.local):
@@ -240,7 +273,9 @@ class _InterceptionManager:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._targets: dict[str, _Target] = {}
+        self._by_name: dict[str, _Target] = {}
+        # id of what stood under a name, or stands there while it is patched -> its target, which keeps it alive
+        self._by_id: dict[int, _Target] = {}
 
     @property
     def active(self) -> tuple[Interceptor, ...]:
@@ -249,7 +284,7 @@ class _InterceptionManager:
 
     def original(self, name: str) -> Callable[..., Any]:
         """What a dotted name stands for when nothing is intercepted."""
-        target = self._targets.get(name)
+        target = self._by_name.get(name)
         return target.original if target is not None else get_attribute(name)
 
     @contextlib.contextmanager
@@ -263,16 +298,33 @@ class _InterceptionManager:
 
     def _acquire(self, interceptor: Interceptor) -> list[_Target]:
         with self._lock:
-            targets = []
-            for name in interceptor.mapping:
-                if name not in self._targets:
-                    self._targets[name] = _Target(name)
-                targets.append(self._targets[name])
+            targets = [self._target(name) for name in interceptor.mapping]
             for target in targets:
                 target.users += 1
                 if target.users == 1:
                     target.patch()
             return targets
+
+    def _target(self, name: str) -> _Target:
+        target = self._by_name.get(name)
+        if target is None or (target.users == 0 and vars(target.owner).get(target.attr) is not target.stored):
+            return self._new_target(name)
+        return target
+
+    def _new_target(self, name: str) -> _Target:
+        owner, attr = _resolve_owner(name)
+        current = vars(owner).get(attr) if isinstance(owner, type) else None
+        if isinstance(current, (staticmethod, classmethod)):
+            current = current.__func__
+        current = getattr(owner, attr) if current is None else current
+        target = self._by_id.get(id(current))  # one function may go by several names
+        if target is None:
+            target = self._by_id[id(current)] = _Target(owner, attr, current)
+            if target.function is None:
+                self._by_id[id(target.replacement)] = target
+        target.names.append(name)
+        self._by_name[name] = target
+        return target
 
     def _release(self, targets: list[_Target]) -> None:
         with self._lock:
@@ -280,6 +332,19 @@ class _InterceptionManager:
                 target.users -= 1
                 if target.users == 0:
                     target.unpatch()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Identity:
+    """An object as a key, by what it is. The key keeps it alive, so that its id stays its own."""
+
+    obj: Any
+
+    def __hash__(self) -> int:
+        return id(self.obj)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.obj is other.obj
 
 
 interception_manager = _InterceptionManager()
@@ -298,7 +363,7 @@ def wrap_func_intercepted(
 
     Args:
       func: the function to wrap.
-      get_interceptor: called at each call; gives the `Interceptor` (or None for none).
+      get_interceptor: called at each call; gives the `Interceptor`, or a bare mapping, which is its own identity.
       disable_jit: run `func` under `jax.disable_jit()`, so that nested jitted functions are seen op by op.
       input_transform: (args, kwargs) -> (args, kwargs), applied before the call, inside the interception.
       output_transform: applied to the result, inside the interception.
@@ -322,7 +387,7 @@ def wrap_func_intercepted(
             return func(*args, **kwargs)
         interceptor = get_interceptor()
         if not isinstance(interceptor, Interceptor):
-            interceptor = Interceptor(interceptor, id=id(interceptor))
+            interceptor = Interceptor(interceptor, id=_Identity(interceptor))
         jit = jax.disable_jit() if disable_jit else contextlib.nullcontext()
         with interception_manager.intercepting(interceptor), jit:
             args, kwargs = input_transform(args, kwargs)
