@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix._src.core import calibration, numerics, tiling
+from qwix._src.core import calibration, numerics, pytree, tiling
 from qwix._src.core.calibration import (
     clip_gradient_to_calibration,
     clip_to_calibration,
     compute_scale_zero_point,
 )
-from qwix._src.core.pytree import array_structure, static, unwrap
+from qwix._src.core.pytree import array_structure, static
 from qwix._src.core.tiling import call_with_generic_broadcast, split_axis, transpose_array
 
 __all__ = [
@@ -134,6 +134,13 @@ class QArray:
             return None
         return tiling.tile_shape(self.qvalue.shape, self.zero_point.shape)
 
+    def plain(self) -> "QArray":
+        """Itself; a subclass that is laid out in another way returns an equal array of this class.
+
+        The functions of this module and the ops call it on every QArray that they are given.
+        """
+        return self
+
     def reshape(self, *new_shape: Any) -> "QArray":
         """See `reshape`."""
         return reshape(self, *new_shape)
@@ -200,6 +207,12 @@ class HowToQuantize:
     def __hash__(self) -> int:
         tiles = tuple(self.tiled_axes.items())
         return hash((self.qtype, self.channelwise_axes, tiles, self.calibration_method, self.noise_fn))
+
+
+def unwrap(obj: Any) -> Any:
+    """`pytree.unwrap`, and of a QArray the `QArray.plain`: what functions of arrays start with."""
+    obj = pytree.unwrap(obj)
+    return obj.plain() if isinstance(obj, QArray) else obj
 
 
 def quantize(array: jax.Array, how: HowToQuantize) -> QArray:
