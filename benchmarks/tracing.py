@@ -39,9 +39,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.blocks = [Block(rngs) for _ in range(LAYERS)]
-        if hasattr(nnx, "List"):
-            self.blocks = nnx.List(self.blocks)
+        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
         self.out = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens):

@@ -157,6 +157,8 @@ def _intercepted(
         root = flax_util.module_path(self)
         with provenance.session() as book:
             book.roots.append((provider, root, type(self)._qwix_records[provider]))
+            if isinstance(self, nnx.Module):
+                flax_util.track_nnx_model(self)
             try:
                 output = run(self, *args, **kwargs)
             finally:

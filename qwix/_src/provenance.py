@@ -161,10 +161,33 @@ class ConcatRef:
     axis: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """An array that a function made of others. Most never reach an op, so what they are is found out when one does.
+
+    `function` is a layout function of the first base, or None: the bases were joined along `axis`.
+    """
+
+    function: Callable[..., Any] | None
+    bases: tuple[Any, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    axis: int = 0
+
+    def resolve(self) -> ParamRef | ConcatRef | None:
+        refs = [lookup(base) for base in self.bases]
+        if not all(isinstance(ref, ParamRef) for ref in refs):
+            return None
+        if self.function is None:
+            return ConcatRef(tuple(refs), tuple(base.shape[self.axis] for base in self.bases), self.axis)  # type: ignore[arg-type]
+        views = _views_of(self.function, self.bases[0], self.args, self.kwargs)
+        return None if views is None else dataclasses.replace(refs[0], views=refs[0].views + views)  # type: ignore
+
+
 class _Book:
     def __init__(self) -> None:
-        # id -> (the array, kept alive so that its id stays its own; its ref)
-        self.known: dict[int, tuple[Any, ParamRef | ConcatRef]] = {}
+        # id -> (the array, kept alive so that its id stays its own; what it is, or how it was made)
+        self.known: dict[int, tuple[Any, ParamRef | ConcatRef | _Made | None]] = {}
         # Modules whose parameters are known; kept alive so that their ids stay their own.
         self.modules: dict[int, Any] = {}
         # id of a module -> (the module, op name -> how many of it ran there)
@@ -207,13 +230,37 @@ def track(array: Any, ref: ParamRef | ConcatRef) -> None:
         _state.book.known[id(array)] = (array, ref)
 
 
+def _track_made(array: Any, made: _Made) -> None:
+    # A tracer may come from a module that is not known yet, see `origins`. Other arrays are not worth keeping alive.
+    known = _state.book.known  # type: ignore[union-attr]
+    if any(isinstance(base, jax.core.Tracer) or id(base) in known for base in made.bases):
+        known[id(array)] = (array, made)
+
+
+def origins(array: Any) -> list[Any]:
+    """The arrays that `array` was made of by layout changes: those that a module may have handed out."""
+    found = _state.book.known.get(id(array)) if _state.book is not None else None
+    if found is not None and isinstance(found[1], _Made):
+        return [origin for base in found[1].bases for origin in origins(base)]
+    inner = None if found is not None else _inner(array)
+    return [array] if inner is None else origins(inner[0])
+
+
+def is_known(array: Any) -> bool:
+    """Whether it is known, of an array out of `origins`, that it is a parameter."""
+    return _state.book is not None and id(array) in _state.book.known
+
+
 def lookup(array: Any) -> ParamRef | ConcatRef | None:
-    """The ref of an array that was tracked or follows from one that was, without looking into modules."""
+    """What an array is, as far as it follows from what was tracked."""
     if _state.book is None:
         return None
     found = _state.book.known.get(id(array))
     if found is not None:
-        return found[1]
+        if isinstance(found[1], _Made):
+            found = (array, found[1].resolve())
+            _state.book.known[id(array)] = found
+        return found[1]  # type: ignore[return-value]
     # A transformation's tracer around a known array: under vmap an axis is hidden, under grad nothing changes.
     inner = _inner(array)
     if inner is None:
@@ -241,6 +288,8 @@ def _inner(tracer: Any) -> tuple[Any, int | None] | None:
 
 def _views_of(fn: Callable[..., Any], array: Any, args, kwargs) -> tuple[View, ...] | None:
     """The steps that a layout function takes with its first argument; None if it does something else as well."""
+    if fn is _same:
+        return ()
     aval = jax.ShapeDtypeStruct(array.shape, array.dtype)
     try:
         closed = jax.make_jaxpr(lambda x: fn(x, *args, **kwargs))(aval)
@@ -326,11 +375,13 @@ def _parts(function: Callable[..., Any], several: bool, count: int) -> list[Call
 
 
 def follow_same(array: Any, out: Any) -> None:
-    """Remembers that `out` is the parameter that `array` is, cast or placed otherwise."""
-    if _state.book is not None and out is not array and hasattr(out, "shape"):
-        ref = lookup(unwrapped(array))
-        if ref is not None and out.shape == array.shape and _is_float(out):
-            track(out, ref)
+    """Remembers that `out` is what `array` is, cast or placed otherwise."""
+    if _state.book is not None and out is not array and hasattr(out, "dtype") and _is_float(out):
+        _track_made(out, _Made(_same, (unwrapped(array),)))
+
+
+def _same(array: Any) -> Any:
+    return array
 
 
 def follow_views(function: Callable[..., Any], array: Any, *args, **kwargs) -> Any:
@@ -340,15 +391,12 @@ def follow_views(function: Callable[..., Any], array: Any, *args, **kwargs) -> A
     out = function(array, *args, **kwargs)
     if _state.book is None or out is array:
         return out
-    array = unwrapped(array)
-    ref = lookup(array)
-    if isinstance(ref, ParamRef):
-        several = isinstance(out, Sequence)
-        results = out if several else [out]
-        for part, result in zip(_parts(function, several, len(results)), results, strict=True):
-            views = _views_of(part, array, args, kwargs)
-            if views is not None:
-                track(result, dataclasses.replace(ref, views=ref.views + views))
+    base = (unwrapped(array),)
+    if isinstance(out, Sequence):
+        for part, result in zip(_parts(function, True, len(out)), out, strict=True):
+            _track_made(result, _Made(part, base, args, kwargs))
+    else:
+        _track_made(out, _Made(function, base, args, kwargs))
     return out
 
 
@@ -369,11 +417,11 @@ def _concatenate_handler(original, arrays, *args, **kwargs):
     if isinstance(arrays, Sequence) and arrays and hasattr(arrays[0], "concatenate"):
         return arrays[0].concatenate(arrays, *args, **kwargs)
     out = original(arrays, *args, **kwargs)
-    if _state.book is not None and isinstance(arrays, Sequence):
-        refs = [lookup(unwrapped(a)) for a in arrays]
-        if refs and all(isinstance(ref, ParamRef) for ref in refs):
-            axis = kwargs.get("axis", kwargs.get("dimension", args[0] if args else 0)) % out.ndim
-            track(out, ConcatRef(tuple(refs), tuple(a.shape[axis] for a in arrays), axis))
+    if _state.book is not None and isinstance(arrays, Sequence) and arrays:
+        axis = kwargs.get("axis", kwargs.get("dimension", args[0] if args else 0))
+        if axis is not None:
+            bases = tuple(unwrapped(a) for a in arrays)
+            _track_made(out, _Made(None, bases, axis=axis % out.ndim))
     return out
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from qwix._src.core import conv_general, dot_general, einsum, numerics, pytree, 
 from qwix._src.core import dot as core_dot
 from qwix._src.utils import flax_util
 
-ArrayTypeVar = TypeVar("ArrayTypeVar")
+ArrayTypeVar = TypeVar("ArrayTypeVar", bound=Any)
 
 
 @nnx_nodes.register
@@ -41,6 +41,8 @@ class WithAux(Generic[ArrayTypeVar]):
 
     array: ArrayTypeVar
     how: qarray.HowToQuantize = pytree.static()
+
+    replace: ClassVar[Callable[..., WithAux]]  # array_structure adds it
 
     @property
     def value(self) -> WithAux[ArrayTypeVar]:
@@ -255,12 +257,13 @@ def _shard_alike(value: Any, leaf: Any) -> Any:
 
 
 def _granularity(shape: Sequence[int], how: qarray.HowToQuantize) -> tuple[int | None, ...]:
-    scale_shape = qarray.get_scale_shape(tuple(shape), how)
-    tiled = how.tiled_axes
-    return tuple(
-        (size // scale if scale > 1 or axis in tiled else None)
-        for axis, (size, scale) in enumerate(zip(shape, scale_shape, strict=True))
-    )
+    rank = len(shape)
+    tiles = {
+        axis % rank: round(shape[axis] * tile) if isinstance(tile, float) else tile
+        for axis, tile in how.tiled_axes.items()
+    }
+    channelwise = {axis % rank for axis in how.channelwise_axes}
+    return tuple(1 if axis in channelwise else tiles.get(axis) for axis in range(rank))
 
 
 def _how_from_granularity(how: qarray.HowToQuantize, granularity: Sequence[int | None]) -> qarray.HowToQuantize:
@@ -451,6 +454,11 @@ def _binary_einsum(einsum_str: str, ndims: Sequence[int], index: int) -> tuple[s
 
 
 # --- the provider ---------------------------------------------------------------------------------
+
+
+def _without(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A passive handler out of one that finds the original by its name."""
+    return lambda _, *args, **kwargs: handler(*args, **kwargs)
 
 
 class BoxedParamProvider(qconfig.QuantizationProvider):
@@ -678,21 +686,18 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     def promote_dtype(self, *args: Any, **kwargs: Any) -> Any:
         """The `promote_dtype` of Linen (arrays one by one) and NNX (arrays in a tuple), also for `WithAux`."""
         in_tuple = len(args) == 1 and isinstance(args[0], (tuple, list))
-        arrays = args[0] if in_tuple else args
-        # An empty array has a weight's say in the common dtype, at no cost.
-        stand_ins = [jnp.empty((0,), x.dtype) if isinstance(x, WithAux) else x for x in arrays]
-        if in_tuple:
-            promoted = nnx_dtypes.promote_dtype(tuple(stand_ins), **kwargs)
-        else:
-            promoted = linen_dtypes.promote_dtype(*stand_ins, **kwargs)
-        result = []
-        for old, new in zip(arrays, promoted, strict=True):
-            if isinstance(old, WithAux):
-                result.append(old.astype(new.dtype))
-            else:
+        arrays: Sequence[Any] = args[0] if in_tuple else args
+        dtypes = nnx_dtypes if in_tuple else linen_dtypes
+        if not any(isinstance(x, WithAux) for x in arrays):
+            promoted = dtypes.promote_dtype(*args, **kwargs)
+            for old, new in zip(arrays, promoted, strict=True):
                 provenance.follow_same(old, new)
-                result.append(new)
-        return type(promoted)(result)
+            return promoted
+        # An empty array has a weight's say in the common dtype, at no cost.
+        like = [np.empty((0,), x.dtype) if isinstance(x, WithAux) else x for x in arrays]
+        dtype = dtypes.canonicalize_dtype(*like, **kwargs)
+        result = [None if x is None else self.asarray(x, dtype) for x in arrays]
+        return tuple(result) if in_tuple else result
 
     def dot(
         self,
@@ -736,12 +741,12 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         return super().get_intercept_map() | {
             "jax.lax.conv_general_dilated": self.conv_general_dilated,
             "jax.lax.dot_general": self.dot_general,
-            "jax.numpy.asarray": self.asarray,
+            "jax.numpy.asarray": interception.passive(_without(self.asarray)),
             "jax.numpy.dot": self.dot,
             "jax.numpy.einsum": self.einsum,
             "jax.numpy.matmul": interception.reentrant(self._matmul),
-            "jax.numpy.take": self._take,
+            "jax.numpy.take": interception.passive(_without(self._take)),
             "flax.linen.Module.param": self.nn_param,
-            "flax.linen.dtypes.promote_dtype": self.promote_dtype,
-            "flax.nnx.nn.dtypes.promote_dtype": self.promote_dtype,
+            "flax.linen.dtypes.promote_dtype": interception.passive(_without(self.promote_dtype)),
+            "flax.nnx.nn.dtypes.promote_dtype": interception.passive(_without(self.promote_dtype)),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import functools
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -96,10 +97,10 @@ def find_ref(x: Any) -> provenance.ParamRef | provenance.ConcatRef | None:
     """
     if isinstance(x, nnx.Variable):
         x = x.get_raw_value()
-    ref = provenance.lookup(x)
-    if ref is not None or provenance.book() is None:
-        return ref
-    _track_running_modules()
+    if provenance.book() is None:
+        return None
+    if not all(map(provenance.is_known, provenance.origins(x))):
+        _track_running_modules()
     return provenance.lookup(x)
 
 
@@ -116,19 +117,53 @@ def _track_running_modules() -> None:
             _track_nnx_params(module, book.modules)
 
 
+def track_nnx_model(model: nnx.Module) -> None:
+    """Remembers the parameters of a model that is about to run."""
+    book = provenance.book()
+    assert book is not None
+    _track_nnx_params(model, book.modules)
+
+
 def _track_nnx_params(module: nnx.Module, seen: dict[int, Any]) -> None:
     root = getattr(module, "qwix_path", ())
-    whole = id(module) not in seen
-    graph = nnx.iter_graph(module) if whole else (((n,), v) for n, v in vars(module).items())
-    for path, node in graph:
-        if isinstance(node, nnx.Module):
-            seen[id(node)] = node
-        if not isinstance(node, nnx.Variable):
-            continue
-        value = node.get_raw_value()
-        if provenance.lookup(value) is None and hasattr(value, "shape"):
-            keys = (*root, *path)
-            provenance.track(value, provenance.ParamRef(None, keys, value))
+    if id(module) in seen:
+        pairs = [((name,), v) for name, v in vars(module).items() if _kind(type(v)) == "variable"]
+    else:
+        pairs = list(_walk_variables(module, (), seen))
+    for path, variable in pairs:
+        value = variable.get_raw_value()
+        if not provenance.is_known(value) and hasattr(value, "shape"):
+            provenance.track(value, provenance.ParamRef(None, (*root, *path), value))
+
+
+@functools.cache
+def _kind(cls: type) -> str:
+    # Once a type: `isinstance` of NNX's classes is slow, and this sees every attribute of every module.
+    if issubclass(cls, nnx.Variable):
+        return "variable"
+    if issubclass(cls, nnx.Module):
+        return "module"
+    if issubclass(cls, (nnx.Dict, dict)):
+        return "mapping"
+    return "sequence" if issubclass(cls, (nnx.List, list, tuple)) else ""
+
+
+def _walk_variables(node: Any, path: tuple[str | int, ...], seen: dict[int, Any]):
+    """(path, variable) of the variables below an NNX module, each once; those of array structures are left out."""
+    kind = _kind(type(node))
+    if kind == "variable":
+        yield path, node
+        return
+    if not kind or id(node) in seen:
+        return
+    seen[id(node)] = node
+    if kind == "module":
+        items: Any = vars(node).items()
+    else:
+        items = node.items() if kind == "mapping" else enumerate(node)
+    for key, child in list(items):
+        if _kind(type(child)):
+            yield from _walk_variables(child, (*path, key), seen)
 
 
 def _track_linen_params(module: nn.Module) -> None:
@@ -141,7 +176,7 @@ def _track_linen_params(module: nn.Module) -> None:
 
 def track_linen_param(module: nn.Module, name: str, value: Any) -> None:
     """Remembers that `value` is what `module.param(name, ...)` handed out."""
-    if hasattr(value, "shape") and provenance.lookup(value) is None:
+    if hasattr(value, "shape") and not provenance.is_known(value):
         provenance.track(value, provenance.ParamRef(module, (*module.path, name), value))
 
 
