@@ -162,9 +162,7 @@ def _value(leaf: Any) -> Any:
 
 def stored_bytes(model: nnx.Module) -> dict[str, int]:
     """Bytes that `save` writes for each array of `model`, by name."""
-    return {
-        name: _to_file(name, np.asarray(_value(leaf))).nbytes for _, name, leaf in _flatten(model)
-    }
+    return {name: _to_file(name, np.asarray(_value(leaf))).nbytes for _, name, leaf in _flatten(model)}
 
 
 def save(
@@ -183,32 +181,29 @@ def save(
       overwrite: replace an existing checkpoint.
 
     Raises:
-      CheckpointError: the directory exists and is not empty (or, with `overwrite`, is no
-        checkpoint).
+      CheckpointError: the directory exists and is not empty (with `overwrite`: is no checkpoint).
       TypeError: an array is not plain numbers: a random key, for one.
     """
+    with new_directory(directory, marker=MANIFEST, overwrite=overwrite) as scratch:
+        return write(scratch, model, metadata=metadata)
+
+
+def write(directory: pathlib.Path, model: nnx.Module, *, metadata: Mapping[str, Any]) -> Manifest:
+    """Writes the two files of a checkpoint into a directory that exists; see `save`."""
     arrays, infos = {}, {}
     for _, name, leaf in _flatten(model):
         value = _value(leaf)
-        if not isinstance(value, jax.Array | np.ndarray) or jnp.issubdtype(
-            value.dtype, jax.dtypes.extended
-        ):
+        if not isinstance(value, jax.Array | np.ndarray) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
             raise TypeError(f"{name} is {type(value).__name__}: only arrays of numbers are saved")
         array = np.asarray(value)
-        arrays[name] = _to_file(name, array)
-        stored = arrays[name]
+        stored = arrays[name] = _to_file(name, array)
         infos[name] = ArrayInfo(str(array.dtype), array.shape, str(stored.dtype), stored.nbytes)
-    with new_directory(directory, marker=MANIFEST, overwrite=overwrite) as scratch:
-        write_tensors(scratch / TENSORS, arrays, {"format": "qwix"})
-        data = (scratch / TENSORS).read_bytes()
-        manifest = Manifest(
-            metadata=dict(metadata),
-            arrays=infos,
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-        )
-        text = json.dumps(dataclasses.asdict(manifest), indent=1)
-        (scratch / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_tensors(directory / TENSORS, arrays, {"format": "qwix"})
+    data = (directory / TENSORS).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    manifest = Manifest(metadata=dict(metadata), arrays=infos, bytes=len(data), sha256=digest)
+    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
 
 
@@ -228,12 +223,10 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["version"] > FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format version {fields['version']}, and this qwix reads up to "
-                f"{FORMAT_VERSION}: upgrade qwix"
+                f"{path}: format version {fields['version']}, and this qwix reads up to {FORMAT_VERSION}: upgrade qwix"
             )
         fields["arrays"] = {
-            name: ArrayInfo(**{**info, "shape": tuple(info["shape"])})
-            for name, info in fields["arrays"].items()
+            name: ArrayInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in fields["arrays"].items()
         }
         return Manifest(**fields)
     except CheckpointError:
@@ -297,9 +290,7 @@ def load(directory: str | os.PathLike[str], template: nnx.Module) -> Any:
 
 
 @contextlib.contextmanager
-def new_directory(
-    directory: str | os.PathLike[str], *, marker: str, overwrite: bool = False
-) -> Iterator[pathlib.Path]:
+def new_directory(directory: str | os.PathLike[str], *, marker: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """Yields a scratch directory that takes the place of `directory` when the block ends well.
 
     Args:
@@ -338,6 +329,4 @@ def check_target(target: pathlib.Path, *, marker: str, overwrite: bool) -> None:
         if not overwrite:
             raise CheckpointError(f"{target}: exists and is not empty (--overwrite replaces it)")
         if not (target / marker).is_file():
-            raise CheckpointError(
-                f"{target}: not replaced, it was not written by qwix: no {marker}"
-            )
+            raise CheckpointError(f"{target}: not replaced, it was not written by qwix: no {marker}")

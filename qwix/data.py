@@ -6,9 +6,9 @@ and texts to measure with never come from the same module.
 """
 
 import ast
+import collections
 import dataclasses
 import hashlib
-import inspect
 import pathlib
 import re
 import sys
@@ -37,27 +37,29 @@ def stdlib_docstrings(part: Literal["calibration", "evaluation"]) -> Iterator[tu
     """Yields (module file, cleaned docstring) for one half of the standard library's modules.
 
     A module is for evaluation if the SHA-256 of its path below the library is odd, else for
-    calibration.
+    calibration. Modules come in the order of this hash: the first of them are a sample of all.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if name.parts[0].removesuffix(".py") not in sys.stdlib_module_names:
+    modules = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if relative.parts[0].removesuffix(".py") not in sys.stdlib_module_names:
             continue
-        if _SKIPPED.intersection(name.parts) or name.name.startswith("_sysconfigdata"):
+        if _SKIPPED.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
             continue
-        odd = hashlib.sha256(name.as_posix().encode()).digest()[-1] % 2
-        if odd != (part == "evaluation"):
-            continue
+        digest = hashlib.sha256(relative.as_posix().encode()).digest()
+        if digest[-1] % 2 == (part == "evaluation"):
+            modules[digest] = (relative.as_posix(), path)
+    for _, (name, path) in sorted(modules.items()):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # Some distributions ship templates as .py files.
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node, clean=False)
+                text = ast.get_docstring(node)
                 if text:
-                    yield name.as_posix(), inspect.cleandoc(text)
+                    yield name, text
 
 
 def split_first_sentence(text: str) -> tuple[str, str]:
@@ -77,25 +79,33 @@ def split_first_sentence(text: str) -> tuple[str, str]:
 def retrieval_set(limit: int = 500) -> RetrievalSet:
     """At most `limit` pairs of a docstring's first sentence and its rest, none of them twice.
 
-    A pair has 4 to 40 words before and at least 15 after. Which ones are taken, when there are
-    more than `limit`, depends on a hash of the text, so that one changed docstring changes one
-    pair.
+    A pair has 4 to 40 words before and at least 15 after; a module gives at most 8 pairs.
     """
     pairs: dict[str, str] = {}
-    documents = set()
-    for _, text in stdlib_docstrings("evaluation"):
+    documents: set[str] = set()
+    per_module: collections.Counter[str] = collections.Counter()
+    for module, text in stdlib_docstrings("evaluation"):
+        if len(pairs) == limit:
+            break
         query, document = split_first_sentence(text)
         if not 4 <= len(query.split()) <= 40 or len(document.split()) < 15:
             continue
-        if query in pairs or document in documents:
+        if query in pairs or document in documents or per_module[module] == 8:
             continue
+        per_module[module] += 1
         pairs[query] = document
         documents.add(document)
-    chosen = sorted(pairs, key=lambda query: hashlib.sha256(query.encode()).digest())[:limit]
-    return RetrievalSet(chosen, [pairs[query] for query in chosen])
+    return RetrievalSet(list(pairs), list(pairs.values()))
 
 
 def calibration_texts(limit: int = 128) -> list[str]:
-    """At most `limit` docstrings from modules that `retrieval_set` does not use."""
-    texts = {text for _, text in stdlib_docstrings("calibration") if len(text.split()) >= 20}
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:limit]
+    """At most `limit` docstrings from modules that `retrieval_set` does not use, 5 from each."""
+    texts: dict[str, None] = {}
+    per_module: collections.Counter[str] = collections.Counter()
+    for module, text in stdlib_docstrings("calibration"):
+        if len(texts) == limit:
+            break
+        if len(text.split()) >= 20 and per_module[module] < 5:
+            per_module[module] += 1
+            texts[" ".join(text.split())] = None
+    return list(texts)

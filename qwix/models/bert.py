@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,8 +60,7 @@ class BertConfig:
                 raise ValueError(f"{field.name} cannot be {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is none of {sorted(ACTIVATIONS)}")
@@ -77,13 +76,9 @@ class BertConfig:
             raise ValueError(f"model_type is {settings['model_type']!r}, and only 'bert' is known")
         position = settings.get("position_embedding_type", "absolute")
         if position != "absolute":
-            raise ValueError(
-                f"position_embedding_type {position!r} is not supported, only absolute"
-            )
+            raise ValueError(f"position_embedding_type {position!r} is not supported, only absolute")
         fields = dataclasses.fields(cls)
-        missing = [
-            f.name for f in fields if f.default is dataclasses.MISSING and f.name not in settings
-        ]
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in settings]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
         return cls(**{f.name: settings[f.name] for f in fields if f.name in settings})
@@ -102,9 +97,7 @@ class BertEmbeddings(nnx.Module):
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         positions = jnp.arange(input_ids.shape[1])[None]
         segments = jnp.zeros_like(input_ids)
-        return self.norm(
-            self.word(input_ids) + self.position(positions) + self.token_type(segments)
-        )
+        return self.norm(self.word(input_ids) + self.position(positions) + self.token_type(segments))
 
 
 class BertAttention(nnx.Module):
@@ -156,9 +149,7 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = BertEmbeddings(config, rngs=rngs)
-        self.layers = nnx.List(
-            [BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
-        )
+        self.layers = nnx.List([BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(
         self,
@@ -186,8 +177,9 @@ class Bert(nnx.Module):
             outputs.append(x)
         weight = mask[:, :, None].astype(x.dtype)
         pooled = (x * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1e-9)
-        norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)
-        embeddings = pooled / jnp.maximum(norm, 1e-12)
+        # The square is bounded, not the norm, whose gradient at zero is NaN.
+        square = jnp.sum(pooled * pooled, axis=-1, keepdims=True)
+        embeddings = pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         return (embeddings, outputs) if return_layers else embeddings
 
 
@@ -206,18 +198,18 @@ def read_config(directory: str | os.PathLike[str]) -> BertConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def tensor_name(path: tuple[str | int, ...]) -> str:
+def tensor_name(path: Sequence[Any]) -> str:
     """The name in a Hugging Face checkpoint of the parameter at `path` of a `Bert`.
 
     >>> tensor_name(("layers", 3, "attention", "query", "kernel"))
     'encoder.layer.3.attention.self.query.weight'
     """
     leaf = "bias" if path[-1] == "bias" else "weight"
-    module = path[:-1]
+    module = tuple(path[:-1])
     if module[0] == "embeddings":
         name = "LayerNorm" if module[1] == "norm" else f"{module[1]}_embeddings"
         return f"embeddings.{name}.{leaf}"
-    submodule = {
+    names: dict[tuple[Any, ...], str] = {
         ("attention", "query"): "attention.self.query",
         ("attention", "key"): "attention.self.key",
         ("attention", "value"): "attention.self.value",
@@ -226,8 +218,8 @@ def tensor_name(path: tuple[str | int, ...]) -> str:
         ("up",): "intermediate.dense",
         ("down",): "output.dense",
         ("output_norm",): "output.LayerNorm",
-    }[module[2:]]
-    return f"encoder.layer.{module[1]}.{submodule}.{leaf}"
+    }
+    return f"encoder.layer.{module[1]}.{names[module[2:]]}.{leaf}"
 
 
 def load(directory: str | os.PathLike[str]) -> Bert:
@@ -255,9 +247,7 @@ def load(directory: str | os.PathLike[str]) -> Bert:
         if value.shape != variable.shape:
             wanted = variable.shape[::-1] if param_path[-1] == "kernel" else variable.shape
             found = value.shape[::-1] if param_path[-1] == "kernel" else value.shape
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {found}, and config.json asks for {wanted}"
-            )
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {found}, and config.json asks for {wanted}")
         leaves.append((param_path, variable.replace(jnp.asarray(value, jnp.float32))))
     unknown = sorted(name for name in tensors if not name.startswith(UNUSED_TENSORS))
     if unknown:

