@@ -1,5 +1,6 @@
 """`jax.lax.conv_general_dilated` on arrays and QArrays.
 
+    >>> import jax.numpy as jnp
     >>> dims = ("NHWC", "HWIO", "NHWC")
     >>> how = get_how_to_quantize(dimension_numbers=dims, for_lhs=False, qtype=jnp.int8)
     >>> kernel = qarray.quantize(jnp.ones((3, 3, 4, 8)), how)
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -38,7 +38,7 @@ def get_how_to_quantize(*, dimension_numbers: lax.ConvDimensionNumbers, for_lhs:
       **kwargs: the other fields of `HowToQuantize`, such as `qtype` and `calibration_method`.
 
     >>> get_how_to_quantize(
-    ...     dimension_numbers=("NCW", "OIW", "NCW"), for_lhs=True, qtype=jnp.int8
+    ...     dimension_numbers=("NCW", "OIW", "NCW"), for_lhs=True, qtype="int8"
     ... ).channelwise_axes
     (0,)
     """
@@ -102,6 +102,7 @@ def conv_general_dilated(
       ValueError: both operands are asymmetric and none of them has to be dequantized first, or
         `preferred_element_type` is no float.
 
+    >>> import jax.numpy as jnp
     >>> x = qarray.quantize_api(jnp.array([[[1.0, 2.0, -3.0]]]), jnp.int8, calibration_method="minmax")
     >>> w = qarray.quantize_api(jnp.ones((1, 1, 3)), jnp.int8)
     >>> conv_general_dilated(x, w, (1,), "SAME").round(1)

@@ -39,10 +39,10 @@ def dot(
     a, b = (x if hasattr(x, "ndim") else jnp.asarray(x) for x in map(qarray.unwrap, (a, b)))
     kwargs = {} if out_sharding is None else {"out_sharding": out_sharding}
     if a.ndim == 0 or b.ndim == 0:
-        dtype = operands.result_dtype(a, b, preferred_element_type=preferred_element_type)
+        operands.result_dtype(a, b, preferred_element_type=preferred_element_type)
         a, b = operands.float_operands(a, b)
         # Without axes this is an outer product, in the order that a product of a and b has.
-        return lax.dot_general(a, b, (((), ()), ((), ())), precision, preferred_element_type or dtype, **kwargs)
+        return lax.dot_general(a, b, (((), ()), ((), ())), precision, preferred_element_type, **kwargs)
     dims = (((a.ndim - 1,), (max(0, b.ndim - 2),)), ((), ()))
     return _qwix_dot_general(
         a,

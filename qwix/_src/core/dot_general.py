@@ -124,6 +124,7 @@ def dot_general(
     if counts is None:
         lhs, rhs = operands.float_operands(lhs, rhs)
         return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, **kwargs)
+    assert isinstance(lhs, QArray) and isinstance(rhs, QArray)  # or there were no counts
     tiled = sum(count != 1 for count in counts)
     if not tiled:
         return lax.convert_element_type(_contract(lhs, rhs, dims, precision, **kwargs), dtype)
@@ -166,7 +167,7 @@ def loop_dot_general(
     dims = operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
     in_storage = operands.keeps_storage(lhs, rhs)
     counts = _merged_counts(lhs, rhs, dims)
-    total = None
+    total: Any = None
     for tile in itertools.product(*map(range, counts)):
         part_l = _take_tile(lhs, dims[0][0], counts, tile)
         part_r = _take_tile(rhs, dims[0][1], counts, tile)
@@ -232,14 +233,15 @@ def _split_tiles(
     lhs: QArray, rhs: QArray, dims: operands.DotDimensionNumbers, counts: list[int]
 ) -> tuple[QArray, QArray, operands.DotDimensionNumbers]:
     """Splits each tiled contracting axis into a batch axis, before all others, and its rest."""
-    new_ca, new_ba, arrays = [], [], []
+    new_ca, new_ba = [], []
+    arrays: list[QArray] = []
     for array, ca, ba in ((lhs, dims[0][0], dims[1][0]), (rhs, dims[0][1], dims[1][1])):
         tiled = {axis: count for axis, count in zip(ca, counts, strict=True) if count != 1}
         shift = [sum(t < axis for t in tiled) for axis in range(array.ndim)]
         new_ca.append(tuple(axis + shift[axis] + (axis in tiled) for axis in ca))
         new_ba.append(tuple(a + shift[a] for a in (*tiled, *ba)))
         arrays.append(_split_array(array, tiled))
-    return *arrays, (tuple(new_ca), tuple(new_ba))
+    return arrays[0], arrays[1], ((new_ca[0], new_ca[1]), (new_ba[0], new_ba[1]))
 
 
 def _split_array(array: QArray, tiled: dict[int, int]) -> QArray:

@@ -129,7 +129,7 @@ def _einsum(
         contract = _dot_general if is_float and _dot_general is not None else qwix_dot_general
         result = contract(lhs, rhs, step.info.dimension_numbers, preferred_element_type=dtype, **options)
         arrays.append(result if permutation is None else lax.transpose(result, permutation))
-    return arrays[-1]
+    return cast(jax.Array, arrays[-1])
 
 
 def _split_args(args: Sequence[Any]) -> tuple[str, list[Any]]:

@@ -129,8 +129,8 @@ def parse_binary(einsum_str: str, ndims: tuple[int, int] | None = None) -> Einsu
     if ndims is None:
         if "..." in einsum_str:
             raise NotImplementedError(f'Einsum "{einsum_str}" has an ellipsis: pass ndims.')
-        ndims = tuple(len(s.replace(" ", "")) for s in subscripts)  # type: ignore[assignment]
-    (lhs, rhs), out = parse_subscripts(einsum_str, ndims)  # type: ignore[arg-type]
+        ndims = tuple(len(s.replace(" ", "")) for s in subscripts)
+    (lhs, rhs), out = parse_subscripts(einsum_str, ndims)
     return EinsumInfo(lhs, rhs, out)
 
 

@@ -50,6 +50,7 @@ def mxfp_dot_general(
     dims = operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
     dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
     if is_native(lhs, rhs, dims):
+        assert isinstance(lhs, QArray) and isinstance(rhs, QArray)
         return _native(lhs, rhs, dims, dtype)
     lhs, rhs = operands.float_operands(lhs, rhs)
     return lax.dot_general(lhs, rhs, dims, preferred_element_type=dtype)

@@ -34,13 +34,20 @@ _BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def float_operands(*operands: MaybeQArray) -> list[jax.Array]:
-    """The operands dequantized and promoted to one dtype."""
-    floats = [qarray.dequantize(x) if isinstance(x, QArray) else jnp.asarray(x) for x in operands]
-    dtype = floats[0].dtype
-    if all(x.dtype == dtype for x in floats):
-        return floats
-    dtype = jnp.result_type(*floats)
-    return [lax.convert_element_type(x, dtype) for x in floats]
+    """The operands dequantized and promoted to one dtype; a QArray is rounded once, to that one."""
+    arrays = [x if isinstance(x, QArray) else jnp.asarray(x) for x in operands]
+    dtypes = {np.dtype(x.dtype) for x in arrays}
+    if len(dtypes) > 1 or any(x.weak_type for x in arrays if not isinstance(x, QArray)):
+        dtype = jnp.result_type(*(x.dtype if isinstance(x, QArray) else x for x in arrays))
+    else:
+        (dtype,) = dtypes
+    floats = []
+    for x in arrays:
+        if isinstance(x, QArray):
+            floats.append(qarray.dequantize(x if x.dtype == dtype else x.astype(dtype)))
+        else:
+            floats.append(_convert(x, dtype))
+    return floats
 
 
 def result_dtype(*operands: MaybeQArray, preferred_element_type: Any) -> np.dtype:

@@ -8,8 +8,8 @@ The kind of the ragged axis of lhs decides what a group is, g the number of grou
 - a remaining axis: rows m of lhs meet the matrix of their group; rhs has an axis g, whose scales
   are gathered by row;
 - a contracting axis: each group is a sum of its own; the output has a leading axis g;
-- a batch axis: a dot_general, but for batches beyond the groups.
-Rows and batches beyond the sum of `group_sizes` are zero.
+- a batch axis: a dot_general, whatever the groups are (as in `jax.lax`).
+Rows beyond the sum of `group_sizes` are zero.
 """
 
 import functools
@@ -111,6 +111,7 @@ def ragged_dot_general(
     ):
         lhs, rhs = operands.float_operands(lhs, rhs)
         return op(lhs, rhs, precision=precision, preferred_element_type=preferred_element_type)
+    assert isinstance(lhs, QArray) and isinstance(rhs, QArray)  # keeps_storage says so
     out = _contract(lhs, rhs, op, group_sizes, dims, dimension_numbers, precision)
     return lax.convert_element_type(out, dtype)
 
@@ -181,7 +182,7 @@ def _contract(
         sum_rhs=sum_rhs,
         same_dtype=True,
     )
-    if ragged in lhs_ca:
+    if ragged in (*lhs_ca, *lhs_ba):
         return out
     # Beyond the groups a zero point leaves a remainder, and a NaN scale a NaN.
     axis = lhs_transpose.index(ragged)
