@@ -106,8 +106,8 @@ class Summary:
         console.print(ops)
         if self.params:
             console.print(params)
-            share = self.bytes / max(self.float_bytes, 1)
-            console.print(f"{self.float_bytes:,} bytes in float, {self.bytes:,} now ({share:.1%})")
+            total = self.bytes / max(self.float_bytes, 1)
+            console.print(f"{self.float_bytes:,} bytes in float, {self.bytes:,} now ({total:.1%})")
         for rule in self.unused_rules:
             console.print(f"matched nothing: {rule}")
         return console.file.getvalue()  # type: ignore[attr-defined]
@@ -170,16 +170,16 @@ def _params_of(model: Any, variables: Mapping[str, Any] | None) -> Iterator[tupl
             yield "/".join(map(str, path)), flax_util.unbox(value)
         return
     inside: set[int] = set()
-    found = []
-    for path, node in nnx.iter_graph(model):
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    for keys, node in nnx.iter_graph(model):
         if isinstance(node, boxed_param.WithAux):
             inside.update(id(leaf) for leaf in _variables_in(node))
-            found.append((path, node))
+            found.append((keys, node))
         elif isinstance(node, nnx.Param):
-            found.append((path, node))
-    for path, node in found:
+            found.append((keys, node))
+    for keys, node in found:
         if id(node) not in inside:
-            yield "/".join(map(str, path)), flax_util.unbox(node)
+            yield "/".join(map(str, keys)), flax_util.unbox(node)
 
 
 def _variables_in(node: Any) -> list[nnx.Variable]:

@@ -1,7 +1,7 @@
 """`jax.numpy.einsum` on arrays and QArrays."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp

@@ -129,7 +129,8 @@ def parse_binary(einsum_str: str, ndims: tuple[int, int] | None = None) -> Einsu
     if ndims is None:
         if "..." in einsum_str:
             raise NotImplementedError(f'Einsum "{einsum_str}" has an ellipsis: pass ndims.')
-        ndims = tuple(len(s.replace(" ", "")) for s in subscripts)
+        first, second = (len(s.replace(" ", "")) for s in subscripts)
+        ndims = (first, second)
     (lhs, rhs), out = parse_subscripts(einsum_str, ndims)
     return EinsumInfo(lhs, rhs, out)
 
