@@ -71,13 +71,29 @@ RECIPES = {
     "int4-tiles-across-shards": Recipe({"weight_qtype": "int4", "tile_size": HIDDEN // 2}, gathers_scales=True),
     "nf4": Recipe({"weight_qtype": "nf4", "tile_size": 4}, DOWN),
 }
+FEW = ["w8a8", "int4-tiles-across-shards", "nf4"]
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+# Enough for what does not depend on the format.
+few_recipes = pytest.mark.parametrize("recipe", [RECIPES[name] for name in FEW], ids=FEW)
+recipes_and_axis_types = pytest.mark.parametrize(
+    ("recipe", "mesh"),
+    [
+        pytest.param(recipe, axis_type, id=f"{name}-{axis_type}")
+        for name, recipe in RECIPES.items()
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+        if not (recipe.gathers_scales and axis_type == AxisType.Explicit)
+    ],
+    indirect=["mesh"],
+)
+
+
+@pytest.fixture
 def mesh(request) -> Iterator[jax.sharding.Mesh]:
     assert jax.device_count() == 8
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(request.param,) * 2)
+    axis_type = getattr(request, "param", AxisType.Auto)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -135,9 +151,16 @@ def test_gathered_sees_a_gather(mesh):
     assert max(gathered(compiled)) == x.size
 
 
-@recipes
+@recipes_and_axis_types
 def test_quantize_model(mesh, recipe):
     assert_model_sharded(recipe.model(), recipe)
+
+
+@pytest.mark.parametrize("mesh", [AxisType.Explicit], indirect=True)
+def test_with_explicit_axes_no_data_moves_unasked(mesh):
+    recipe = RECIPES["int4-tiles-across-shards"]
+    with pytest.raises(ValueError, match=r"down/kernel.*tiles divide what lies on each"):
+        recipe.model()
 
 
 @recipes
@@ -174,7 +197,7 @@ def test_quantize_params_in_jit_gathers_no_weight(mesh, recipe):
     assert_sharded(compiled(params), recipe)
 
 
-@recipes
+@recipes_and_axis_types
 def test_jit_with_in_and_out_shardings(mesh, recipe):
     model = recipe.model()
     x = inputs(mesh)
@@ -197,7 +220,7 @@ def test_jit_with_in_and_out_shardings(mesh, recipe):
     assert_model_sharded(nnx.merge(graphdef, state), recipe)
 
 
-@recipes
+@few_recipes
 def test_update_in_nnx_jit(mesh, recipe):
     model, other = recipe.model(0), recipe.model(1)
     nnx.jit(nnx.update)(model, nnx.state(other))
@@ -206,13 +229,13 @@ def test_update_in_nnx_jit(mesh, recipe):
     np.testing.assert_allclose(model(x), other(x), rtol=1e-6)
 
 
-@recipes
+@few_recipes
 def test_creation_in_jit(mesh, recipe):
     model = nnx.jit(recipe.model)()
     assert_model_sharded(model, recipe)
 
 
-@recipes
+@few_recipes
 def test_orbax(mesh, recipe, tmp_path):
     def dtype_in_file(dtype: jnp.dtype) -> jnp.dtype:
         # Orbax 0.11 has no uint4, which is what NF4 codes are.
