@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -173,12 +174,14 @@ class Replacement:
       shape: what the parameter is reshaped to; for an op inside of `nnx.scan` or `nnx.vmap`, without the mapped axes.
       param_shape: of the parameter as the op's module saw it.
       qarray_module: what quantizes.
+      make: (boxed array, how, number of mapped axes) -> what stands in the tree; None: `WithAux(array, how)`.
     """
 
     how: qarray.HowToQuantize
     shape: tuple[int, ...]
     param_shape: tuple[int, ...]
     qarray_module: Any = qarray
+    make: Callable[..., WithAux] | None = None
 
     def __call__(self, boxed: Any) -> WithAux:
         """The quantized parameter, each leaf in a box like `boxed`."""
@@ -187,7 +190,10 @@ class Replacement:
         value = reshape_value(value, shape)
         array = quantize_value(value, how, self.qarray_module)
         box = lambda leaf: rebox(boxed, leaf, value_shape=shape)  # noqa: E731
-        return WithAux(jax.tree.map(box, array), how)
+        array = jax.tree.map(box, array)
+        if self.make is None:
+            return WithAux(array, how)
+        return self.make(array, how, len(value.shape) - len(self.shape))
 
     def _for_stacked(self, stored: tuple[int, ...]) -> tuple[qarray.HowToQuantize, tuple[int, ...]]:
         """The same with the axes that transformations have taken away; each index there has scales of its own."""
@@ -279,6 +285,7 @@ def replacement_for(
     operand_shape: tuple[int, ...],
     how: qarray.HowToQuantize,
     qarray_module: Any,
+    make: Callable[..., WithAux] | None = None,
 ) -> tuple[Replacement, provenance.ParamRef]:
     """How to quantize a stored parameter so that the operand made from it is quantized as `how` says.
 
@@ -292,7 +299,7 @@ def replacement_for(
     ref = dataclasses.replace(ref, views=views)
     if views:
         how = _how_from_granularity(how, ref.pull_axes(_granularity(operand_shape, how)))
-    return Replacement(how, stored_shape, param_shape, qarray_module), ref
+    return Replacement(how, stored_shape, param_shape, qarray_module, make), ref
 
 
 def create_quantized_param(
@@ -329,17 +336,20 @@ def _create(
     value: Any,
     how: qarray.HowToQuantize,
     module: Any,
+    make: Callable[..., WithAux] | None = None,
 ) -> WithAux[qarray.QArray]:
     if isinstance(ref, provenance.ConcatRef):
         starts = np.cumsum((0, *ref.sizes))
         parts = [
-            _create(part, jax.lax.slice_in_dim(value, int(start), int(stop), axis=ref.axis), how, module)
+            _create(part, jax.lax.slice_in_dim(value, int(start), int(stop), axis=ref.axis), how, module, make)
             for part, start, stop in zip(ref.parts, starts[:-1], starts[1:], strict=True)
         ]
         return WithAux.concatenate(parts, ref.axis)
-    replacement, view = replacement_for(ref, tuple(value.shape), how, module)
+    replacement, view = replacement_for(ref, tuple(value.shape), how, module, make)
     if ref.module is not None:
         stored = _replace_linen_param(ref, replacement)
+        if stored is None or any(v.kind == "map" for v in view.views):
+            return WithAux(quantize_value(value, how, module), how)
         return WithAux(view.apply(stored.array).astype(value.dtype), how)
     book = provenance.book()
     if book is None:
@@ -352,8 +362,13 @@ def _create(
     return WithAux(quantize_value(value, how, module), how)
 
 
-def _replace_linen_param(ref: provenance.ParamRef, replacement: Replacement) -> WithAux:
+def _replace_linen_param(ref: provenance.ParamRef, replacement: Replacement) -> WithAux | None:
+    """The quantized parameter; None if it waits until a trace inside of the module's, such as a user's jit, is left."""
     module = ref.module
+    book = provenance.book()
+    if book is not None and book.depth > ref.depth and module.is_initializing():
+        book.pending.append((ref.depth, lambda: _replace_linen_param(ref, replacement)))
+        return None
     boxed = module.get_variable("params", ref.name)
     current = flax_util.unbox(boxed)
     if isinstance(current, WithAux):
@@ -422,9 +437,12 @@ def _named(path: str, op_id: str | None):
 
 
 def _format(operand: Any) -> str:
-    if not isinstance(operand, qarray.QArray):
-        return jnp.dtype(operand.dtype).name
-    qtype = operand.qtype if operand.qtype is not None else operand.qvalue.dtype
+    if isinstance(operand, _ToQuantize):
+        qtype = operand.how.qtype
+    elif isinstance(operand, qarray.QArray):
+        qtype = operand.qtype if operand.qtype is not None else operand.qvalue.dtype
+    else:
+        qtype = operand.dtype
     return qtype if isinstance(qtype, str) else jnp.dtype(qtype).name
 
 
@@ -456,6 +474,63 @@ def _binary_einsum(einsum_str: str, ndims: Sequence[int], index: int) -> tuple[s
 # --- the provider ---------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _ToQuantize:
+    """A float operand that is quantized within the op's own jit, with scales computed there."""
+
+    array: jax.Array
+    how: qarray.HowToQuantize
+
+
+@interception.disable_interceptions
+def run_op(
+    op: Callable[..., Any], operands: Sequence[Any], qarray_module: Any = qarray, **kwargs: Any
+) -> jax.Array:
+    """Runs an op on quantized operands, those that are `_ToQuantize` quantized first.
+
+    The whole is jitted, so that ops that are equal but for the values of their operands are traced once for a model.
+    """
+    hows = tuple(x.how if isinstance(x, _ToQuantize) else None for x in operands)
+    arrays = [x.array if isinstance(x, _ToQuantize) else x for x in operands]
+    static = tuple((name, _hashable(value)) for name, value in kwargs.items())
+    return _jitted_op(_Call(op, qarray_module, hows, static), *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    op: Callable[..., Any]
+    qarray_module: Any
+    hows: tuple[qarray.HowToQuantize | None, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _EinsumOf:  # a partial that is equal to another of the same einsum
+    einsum: Callable[..., Any]
+    subscripts: str
+
+    def __call__(self, *operands: Any, **kwargs: Any) -> jax.Array:
+        return self.einsum(self.subscripts, *operands, **kwargs)
+
+
+def _run(call: _Call, *arrays: Any) -> jax.Array:
+    operands = [
+        array if how is None else call.qarray_module.quantize(array, how)
+        for array, how in zip(arrays, call.hows, strict=True)
+    ]
+    return call.op(*operands, **dict(call.kwargs))
+
+
+_run.__name__ = "qwix_op"
+_jitted_op = jax.jit(_run, static_argnums=0)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return tuple(map(_hashable, value))
+    return value
+
+
 def _without(handler: Callable[..., Any]) -> Callable[..., Any]:
     """A passive handler out of one that finds the original by its name."""
     return lambda _, *args, **kwargs: handler(*args, **kwargs)
@@ -467,7 +542,8 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     Args:
       rules: see `QuantizationRule`.
       disable_jit: see `QuantizationProvider`.
-      _qarray_module: what quantizes; has `quantize` and `quantize_with_scale_zero_point`.
+      _qarray_module: what quantizes; has `quantize` and `quantize_with_scale_zero_point`, or `quantize_act` instead of
+        the latter.
       _dot_general_fn, _einsum_fn, _conv_general_dilated_fn: the ops on quantized operands.
     """
 
@@ -483,9 +559,9 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     ):
         super().__init__(rules, disable_jit=disable_jit)
         self._qarray_module = _qarray_module
-        self._dot_general_fn = interception.disable_interceptions(_dot_general_fn)
-        self._einsum_fn = interception.disable_interceptions(_einsum_fn)
-        self._conv_general_dilated_fn = interception.disable_interceptions(_conv_general_dilated_fn)
+        self._dot_general_fn = _dot_general_fn
+        self._einsum_fn = _einsum_fn
+        self._conv_general_dilated_fn = _conv_general_dilated_fn
 
     def _quantize_operands(
         self,
@@ -511,11 +587,18 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
             self._record(
                 op_id,  # type: ignore[arg-type]
                 shapes=tuple(tuple(jnp.shape(x) if not hasattr(x, "shape") else x.shape) for x in operands),
-                formats=tuple(_format(x) for x in result),
+                formats=tuple(map(_format, result)),
                 params=tuple(params),
             )
-        if any(isinstance(x, qarray.QArray) for x in result):
+            if rule.weight_qtype is not None and not any(params):
+                self._warn_of_no_weight(op_id, operands)  # type: ignore[arg-type]
+        if any(isinstance(x, (qarray.QArray, _ToQuantize)) for x in result):
             return result
+        return None
+
+    def _weight_maker(self, rule: qconfig.QuantizationRule) -> Callable[..., WithAux] | None:
+        """What puts a quantized weight of this rule into the tree; see `Replacement.make`."""
+        del rule
         return None
 
     def _quantize_operand(
@@ -544,13 +627,19 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
                     qtype=rule.weight_qtype,
                     calibration_method=rule.weight_calibration_method,
                 )
-                return _create(ref, operand, how, self._qarray_module).array, path
+                make = self._weight_maker(rule)
+                return _create(ref, operand, how, self._qarray_module, make).array, path
         if rule.act_qtype is None:
             return operand, ""
         with _named("/".join(map(str, flax_util.get_current_module_path())), op_id):
             how = get_how(index, qtype=rule.act_qtype, calibration_method=rule.act_calibration_method)
+            if not rule.act_static_scale:
+                qarray.get_scale_shape(operand.shape, how)  # raises where a tile does not divide
+                return _ToQuantize(operand, how), ""
             name = f"{op_id}_{('lhs', 'rhs')[index] if index < 2 else f'operand{index}'}"
-            act = quantize_act(operand, how, rule, name, _qarray_module=self._qarray_module)
+            own = getattr(self._qarray_module, "quantize_act", None)
+            own = own or functools.partial(quantize_act, _qarray_module=self._qarray_module)
+            act = own(operand, how, rule, name)
         return act, ""
 
     def dot_general(
@@ -584,7 +673,9 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if operands is None:
             lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
             return jax.lax.dot_general(lhs, rhs, dimension_numbers, **kwargs)
-        return self._dot_general_fn(*operands, dimension_numbers, **kwargs)
+        return run_op(
+            self._dot_general_fn, operands, self._qarray_module, dimension_numbers=dimension_numbers, **kwargs
+        )
 
     def einsum(
         self,
@@ -622,7 +713,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
                 kwargs["_dot_general"] = _dot_general
             return jnp.einsum(einsum_str, *map(provenance.unwrapped, operands), **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        return self._einsum_fn(einsum_str, *quantized, **kwargs)
+        return run_op(_EinsumOf(self._einsum_fn, einsum_str), quantized, self._qarray_module, **kwargs)
 
     def _einsum_of_one(self, einsum_str: str, operand: Any, kwargs: dict[str, Any]) -> Any:
         def function(x: Any) -> Any:
@@ -673,7 +764,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if operands is None:
             lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
             return jax.lax.conv_general_dilated(lhs, rhs, **kwargs)
-        return self._conv_general_dilated_fn(*operands, **kwargs)
+        return run_op(self._conv_general_dilated_fn, operands, self._qarray_module, **kwargs)
 
     def nn_param(self, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """`flax.linen.Module.param` that knows quantized parameters, and remembers what it hands out."""
