@@ -230,7 +230,7 @@ def _awq(model: Any, recipe: Recipe, inputs: tuple[Any, ...], calibration: Any) 
     observed = model_lib.quantize_model(model, provider, *inputs, skip_nnx_init=True)
     _run(observed, calibration)
     _check_used(recipe, provider)
-    stats = nnx.to_pure_dict(nnx.state(observed, qconfig.QuantStat))
+    stats = nnx.to_pure_dict(nnx.state(observed, flax_util.QuantStat))
     quantized = model_lib.quantize_model(model, awq.AwqInferenceProvider(rules), *inputs)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     nnx.update(quantized, awq.quantize_params(params, quantized, stats))
@@ -276,7 +276,7 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = "/".join(map(str, path))
         value = variable.get_value()
-        now = flax_util.unbox(flax_util.get_value_from_path(quantized, list(path)))
+        now = flax_util.unbox(flax_util.get_value_from_path(quantized, [*path]))
         entry = WeightReport(
             path=name,
             shape=tuple(value.shape),

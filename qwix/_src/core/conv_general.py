@@ -132,8 +132,8 @@ def conv_general_dilated(
     lhs_batch, rhs_features = dims.lhs_spec[0], dims.rhs_spec[0]
     if not (
         operands.keeps_storage(lhs, rhs)
-        and all(a == lhs_batch or operands.tile_count(lhs, a) == 1 for a in range(lhs.ndim))
-        and all(a == rhs_features or operands.tile_count(rhs, a) == 1 for a in range(rhs.ndim))
+        and operands.is_untiled(lhs, set(range(lhs.ndim)) - {lhs_batch})
+        and operands.is_untiled(rhs, set(range(rhs.ndim)) - {rhs_features})
     ):
         return in_float(*operands.float_operands(lhs, rhs))
 
@@ -156,6 +156,7 @@ def conv_general_dilated(
         ones = _ones_like(lhs, lhs_batch, batch_group_count, values.dtype)
         return conv(ones, values, preferred_element_type=np.int32)
 
+    assert isinstance(lhs, QArray) and isinstance(rhs, QArray)  # keeps_storage says so
     out = operands.contract(
         lhs,
         rhs,
@@ -182,7 +183,7 @@ def _specs(dimension_numbers: Any) -> lax.ConvDimensionNumbers:
     return lax.conv_dimension_numbers((1,) * len(lhs), (1,) * len(rhs), dimension_numbers)
 
 
-def _ones_like(array: QArray, axis: int, size: int, dtype: Any) -> jax.Array:
+def _ones_like(array: operands.MaybeQArray, axis: int, size: int, dtype: Any) -> jax.Array:
     return lax.full(tuple(size if a == axis else n for a, n in enumerate(array.shape)), 1, dtype)
 
 

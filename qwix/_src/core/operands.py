@@ -12,7 +12,7 @@ runs on `float_operands`.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +112,11 @@ def tile_count(array: QArray, axis: int) -> int:
     if array.zero_point is None:
         return count
     return merged_tile_count(array.shape[axis], count, array.zero_point.shape[axis])
+
+
+def is_untiled(array: MaybeQArray, axes: Iterable[int]) -> bool:
+    """Whether scale and zero point are constant along each of the axes."""
+    return isinstance(array, QArray) and all(tile_count(array, axis) == 1 for axis in axes)
 
 
 def merged_tile_count(size: int, count: int, other: int) -> int:
@@ -219,16 +224,16 @@ def _values(lhs: QArray, rhs: QArray, terms: int, same_dtype: bool) -> _Values:
         largest = math.prod(_largest(x, dtype) for x, dtype in zip((lhs, rhs), dtypes, strict=True))
         if terms * largest < 2**31:
             types = _integer_types(dtypes, same_dtype)
-            converted = [_convert(x.qvalue, t) for x, t in zip((lhs, rhs), types, strict=True)]
-            return _Values(*converted, lhs.zero_point, rhs.zero_point, _INT32)
+            left, right = (_convert(x.qvalue, t) for x, t in zip((lhs, rhs), types, strict=True))
+            return _Values(left, right, lhs.zero_point, rhs.zero_point, _INT32)
         # 16-bit products, and 8-bit ones beyond some 131000 terms, overflow int32.
         types = [_FLOAT32, _FLOAT32]
     else:
         types = _float_types(dtypes, same_dtype)
     accumulator = functools.reduce(jnp.promote_types, [t for t in types if t.itemsize > 1], _FLOAT32)
     # Differences are exact: of 8-bit integers in bfloat16, of 16-bit ones in float32.
-    shifted = [_shifted(x, t) for x, t in zip((lhs, rhs), types, strict=True)]
-    return _Values(*shifted, None, None, np.dtype(accumulator))
+    left, right = (_shifted(x, t) for x, t in zip((lhs, rhs), types, strict=True))
+    return _Values(left, right, None, None, np.dtype(accumulator))
 
 
 def _largest(array: QArray, dtype: np.dtype) -> int:

@@ -106,8 +106,8 @@ def ragged_dot_general(
     contracting, _ = dims
     if not (
         operands.keeps_storage(lhs, rhs)
-        and all(operands.tile_count(lhs, axis) == 1 for axis in contracting[0])
-        and all(operands.tile_count(rhs, axis) == 1 for axis in contracting[1])
+        and operands.is_untiled(lhs, contracting[0])
+        and operands.is_untiled(rhs, contracting[1])
     ):
         lhs, rhs = operands.float_operands(lhs, rhs)
         return op(lhs, rhs, precision=precision, preferred_element_type=preferred_element_type)
