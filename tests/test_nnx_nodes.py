@@ -18,6 +18,7 @@ from flax import nnx
 from qwix._src import nnx_nodes
 from qwix._src.core import pytree, qarray
 from qwix._src.providers import boxed_param
+from qwix.contrib import padded_ptq
 
 DIM = 4
 
@@ -35,6 +36,12 @@ def with_aux(key: jax.Array, **how: Any) -> boxed_param.WithAux:
 SYMMETRIC = {"qtype": jnp.int8, "channelwise_axes": (1,)}
 ASYMMETRIC = {"qtype": jnp.int8, "channelwise_axes": (1,), "calibration_method": "minmax"}
 TILED = {"qtype": jnp.int4, "channelwise_axes": (1,), "tiled_axes": {0: 2}}
+PADDED = TILED | {"tiled_axes": {0: 3}}
+
+
+def padded(key: jax.Array, **how: Any) -> padded_ptq.PaddedQArray:
+    return padded_ptq.quantize(jax.random.normal(key, (DIM, DIM)), qarray.HowToQuantize(**how))
+
 
 STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "QArray-symmetric": lambda key: quantized(key, **SYMMETRIC),
@@ -43,6 +50,8 @@ STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "WithAux-symmetric": lambda key: with_aux(key, **SYMMETRIC),
     "WithAux-asymmetric": lambda key: with_aux(key, **ASYMMETRIC),
     "WithAux-tiled": lambda key: with_aux(key, **TILED),
+    "PaddedQArray": lambda key: padded(key, **PADDED),
+    "WithAux-padded": lambda key: boxed_param.WithAux(padded(key, **PADDED), qarray.HowToQuantize(**PADDED)),
 }
 
 # --- What may stand in the fields of a structure: arrays, or variables with their metadata.
@@ -523,6 +532,22 @@ def in_containers(case: Case) -> None:
     check(nnx.clone(holder), 0, 1)
     nnx.update(holder, nnx.state(Holder((2, 3))))
     check(holder, 2, 3)
+
+
+@operation
+def as_the_value_of_a_variable(case: Case) -> None:
+    def model(seed: int) -> Model:
+        return Model(nnx.Param(case.raw(seed)))
+
+    first = model(0)
+    assert_same(nnx.merge(*nnx.split(first)).weight.get_value(), case.raw(0))
+    nnx.jit(nnx.update)(first, nnx.state(model(1)))
+    assert_same(first.weight.get_value(), case.raw(1))
+    assert_same(nnx.clone(first).weight.get_value(), case.raw(1))
+    abstract = nnx.eval_shape(lambda: model(0))
+    assert_abstract(abstract.weight.get_value(), case.raw(0))
+    nnx.update(abstract, nnx.state(first))
+    assert_same(abstract.weight.get_value(), case.raw(1))
 
 
 @operation
