@@ -272,6 +272,11 @@ def _tile_sizes(shape: Sequence[int], tiled_axes: Mapping[int, int | float]) -> 
     return sizes
 
 
+def get_scale_shape(array_shape: Sequence[int], how: HowToQuantize) -> tuple[int, ...]:
+    """`qarray.get_scale_shape` of the padded array."""
+    return qarray.get_scale_shape(get_padded_shape(array_shape, how.tiled_axes), how)
+
+
 def pad_to_shape(array: jax.Array, target_shape: Sequence[int]) -> jax.Array:
     """The array with zeros after its elements, in each axis up to the size in `target_shape`.
 
@@ -299,9 +304,7 @@ def quantize(array: jax.Array, how: HowToQuantize) -> PaddedQArray:
     return quantized if QARRAY_KEEP_PADDED_SHAPE else _cut_back(quantized)
 
 
-def quantize_act(
-    array: jax.Array, how: HowToQuantize, rule: qconfig.QuantizationRule, act_name: str
-) -> PaddedQArray:
+def quantize_act(array: jax.Array, how: HowToQuantize, rule: qconfig.QuantizationRule, act_name: str) -> PaddedQArray:
     """`boxed_param.quantize_act` of the activation padded with zeros; the padded elements are kept."""
     padded_array, how = _padded_for(array, how)
     return _padded_qarray(boxed_param.quantize_act(padded_array, how, rule, act_name), array.shape)
@@ -459,7 +462,9 @@ def _contractible(arrays: Iterable[Any], groups: Sequence[Sequence[tuple[int, in
 def _refined(array: PaddedQArray, axes: Sequence[int]) -> QArray:
     """An equal QArray with smaller tiles on some padded axes, cut back to the original size there."""
     original, padded = array._shapes()
-    shape = tuple(n if axis in axes else s for axis, (n, s) in enumerate(zip(original, array.qvalue.shape, strict=True)))
+    shape = tuple(
+        n if axis in axes else s for axis, (n, s) in enumerate(zip(original, array.qvalue.shape, strict=True))
+    )
 
     def refine(leaf: jax.Array) -> jax.Array:
         for axis in axes:

@@ -483,9 +483,7 @@ class _ToQuantize:
 
 
 @interception.disable_interceptions
-def run_op(
-    op: Callable[..., Any], operands: Sequence[Any], qarray_module: Any = qarray, **kwargs: Any
-) -> jax.Array:
+def run_op(op: Callable[..., Any], operands: Sequence[Any], qarray_module: Any = qarray, **kwargs: Any) -> jax.Array:
     """Runs an op on quantized operands, those that are `_ToQuantize` quantized first.
 
     The whole is jitted, so that ops that are equal but for the values of their operands are traced once for a model.
@@ -542,8 +540,8 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     Args:
       rules: see `QuantizationRule`.
       disable_jit: see `QuantizationProvider`.
-      _qarray_module: what quantizes; has `quantize` and `quantize_with_scale_zero_point`, or `quantize_act` instead of
-        the latter.
+      _qarray_module: what quantizes; has `quantize`, `get_scale_shape`, and `quantize_with_scale_zero_point` or a
+        `quantize_act` of its own.
       _dot_general_fn, _einsum_fn, _conv_general_dilated_fn: the ops on quantized operands.
     """
 
@@ -596,9 +594,9 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
             return result
         return None
 
-    def _weight_maker(self, rule: qconfig.QuantizationRule) -> Callable[..., WithAux] | None:
-        """What puts a quantized weight of this rule into the tree; see `Replacement.make`."""
-        del rule
+    def _weight_maker(self, rule: qconfig.QuantizationRule, op_id: str | None) -> Callable[..., WithAux] | None:
+        """What puts a quantized weight of this rule and op into the tree; see `Replacement.make`."""
+        del rule, op_id
         return None
 
     def _quantize_operand(
@@ -627,14 +625,14 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
                     qtype=rule.weight_qtype,
                     calibration_method=rule.weight_calibration_method,
                 )
-                make = self._weight_maker(rule)
+                make = self._weight_maker(rule, op_id)
                 return _create(ref, operand, how, self._qarray_module, make).array, path
         if rule.act_qtype is None:
             return operand, ""
         with _named("/".join(map(str, flax_util.get_current_module_path())), op_id):
             how = get_how(index, qtype=rule.act_qtype, calibration_method=rule.act_calibration_method)
             if not rule.act_static_scale:
-                qarray.get_scale_shape(operand.shape, how)  # raises where a tile does not divide
+                self._qarray_module.get_scale_shape(operand.shape, how)  # raises where a tile does not divide
                 return _ToQuantize(operand, how), ""
             name = f"{op_id}_{('lhs', 'rhs')[index] if index < 2 else f'operand{index}'}"
             own = getattr(self._qarray_module, "quantize_act", None)
@@ -826,7 +824,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if not isinstance(a, WithAux) or axis is None:
             return jnp.take(a, indices, axis, **kwargs)
         index = (slice(None),) * (axis % a.ndim) + (indices,)
-        return qarray.dequantize(qarray.rewriting_take(a.value.array, index))
+        return a[index].__jax_array__()
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
         return super().get_intercept_map() | {

@@ -120,12 +120,11 @@ def how_of(target: WithAux) -> qarray.HowToQuantize:
     The granularity is read off the scale's shape: under Linen's lifted transforms `how` was written down for the slice that
     the op saw, without the stacked axes.
     """
-    shape, scale_shape = target.array.shape, target.array.scale.shape
-    pairs = list(enumerate(zip(shape, scale_shape, strict=True)))
+    tiles = list(enumerate(zip(target.array.shape, target.array.scale_tile_shape, strict=True)))
     return dataclasses.replace(
         target.how,
-        channelwise_axes=tuple(i for i, (size, scale) in pairs if size == scale),
-        tiled_axes={i: size // scale for i, (size, scale) in pairs if 1 < scale < size},
+        channelwise_axes=tuple(i for i, (_, tile) in tiles if tile == 1),
+        tiled_axes={i: tile for i, (size, tile) in tiles if tile not in (1, size)},
     )
 
 
@@ -152,9 +151,7 @@ def static_scales(
         yield path, target.replace(array=scale.astype(jnp.float32)), zero_point
 
 
-def flatten(
-    tree: Any, is_leaf: Any = lambda _: False
-) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def flatten(tree: Any, is_leaf: Any = lambda _: False) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """(path, leaf) of a nested mapping; `is_leaf` may stop at an inner mapping."""
     if not isinstance(tree, Mapping):
         yield (), tree
