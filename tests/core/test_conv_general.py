@@ -99,7 +99,7 @@ def check(lhs, rhs, arguments):
     return out
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @given(
     case=convs(),
     qtypes=st.sampled_from(

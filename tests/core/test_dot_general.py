@@ -119,7 +119,8 @@ def dot_generals(draw):
     return dims, shapes, tilings
 
 
-@settings(deadline=None, max_examples=30)
+@pytest.mark.parametrize("devices", [1, 2])
+@settings(deadline=None, max_examples=15)
 @given(
     case=dot_generals(),
     qtypes=st.tuples(st.sampled_from(["int8", "int4", "float8_e4m3fn"]), st.just("int8")),
@@ -128,7 +129,7 @@ def dot_generals(draw):
     seed=st.integers(0, 99),
     fn=st.sampled_from([dot_general, loop_dot_general]),
 )
-def test_any_axes_and_tiles(case, qtypes, dtypes, asymmetric, seed, fn):
+def test_any_axes_and_tiles(devices, case, qtypes, dtypes, asymmetric, seed, fn):
     dims, shapes, tilings = case
     rng = np.random.default_rng(seed)
     pair = []
@@ -140,6 +141,8 @@ def test_any_axes_and_tiles(case, qtypes, dtypes, asymmetric, seed, fn):
     with pytest.MonkeyPatch.context() as patch:
         # Tiles of any size, so that small shapes reach the tiled path.
         patch.setattr(module, "MIN_TILE_SIZE_TO_DEQUANT_ON_OUTPUT", 1)
+        # One device adds up tiles in a loop, several take them as a batch.
+        patch.setattr(jax, "device_count", lambda: devices)
         out = check(*pair, dims, fn)
     assert out.dtype == jnp.promote_types(*dtypes)
 
@@ -148,16 +151,36 @@ def test_any_axes_and_tiles(case, qtypes, dtypes, asymmetric, seed, fn):
 @pytest.mark.parametrize(
     ("lhs_tile", "rhs_tile"), [(128, 128), (256, 128), (None, 256), (384, 256), (32, 32), (64, 128)]
 )
-def test_contracting_tiles(rng, fn, lhs_tile, rhs_tile):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_contracting_tiles(rng, monkeypatch, fn, lhs_tile, rhs_tile, devices):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     how = matmul_how(True, "int8", lhs_tile), matmul_how(False, "int4", rhs_tile)
     check(*random_pair(rng, 768, *how), fn=fn)
 
 
 @pytest.mark.parametrize(("tile", "dtype"), [(64, jnp.float32), (128, jnp.int8), (256, jnp.int8), (None, jnp.int8)])
-def test_fine_tiles_are_dequantized_first(rng, tile, dtype):
+def test_fine_tiles_are_dequantized_first(rng, monkeypatch, tile, dtype):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
     how = matmul_how(True, "int8", tile), matmul_how(False, "int8", tile)
     (dot,) = dots_of(dot_general, *random_pair(rng, 512, *how), MATMUL)
     assert dot.invars[0].aval.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "looped"),
+    [("cpu", 1, True), ("gpu", 2, False), ("tpu", 128, False), ("gpu", 2048, True)],
+)
+def test_tiles_one_by_one_or_as_a_batch(monkeypatch, backend, rows, looped):
+    """One device adds up tiles in a loop if that is faster, several never."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    lhs = QArray(jnp.ones((rows, 1024), jnp.int8), jnp.ones((rows, 8)))
+    rhs = QArray(jnp.ones((1024, 256), jnp.int8), jnp.ones((8, 256)))
+    for devices in (1, 2):
+        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
+        # Before a loop, a dot of the first tile.
+        (dot,) = dots_of(dot_general, lhs, rhs, MATMUL)
+        is_batch = dot.outvars[0].aval.shape == (8, rows, 256)
+        assert is_batch == (devices == 2 or not looped)
 
 
 def test_loop_keeps_memory_to_a_tile(rng):

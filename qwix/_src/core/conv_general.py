@@ -109,33 +109,66 @@ def conv_general_dilated(
     Array([[[ 3.,  0., -1.]]], dtype=float32)
     """
     lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
-    conv = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=window_strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        batch_group_count=batch_group_count,
-    )
-    in_float = functools.partial(
-        conv,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding,
-    )
+    arguments = {
+        "window_strides": window_strides,
+        "padding": padding,
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
+        "feature_group_count": feature_group_count,
+        "batch_group_count": batch_group_count,
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+        "out_sharding": out_sharding,
+    }
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
-        return in_float(lhs, rhs)
-    dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
+        return lax.conv_general_dilated(lhs, rhs, dimension_numbers=dimension_numbers, **arguments)
     dims = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    arguments = {name: _as_tuples(value) for name, value in arguments.items()}
+    return _conv_general_dilated(lhs, rhs, dims, **arguments)
+
+
+# Traced once for operands and arguments that repeat; as in `dot_general`.
+@functools.partial(
+    jax.jit,
+    static_argnums=2,
+    static_argnames=(
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "feature_group_count",
+        "batch_group_count",
+        "precision",
+        "preferred_element_type",
+        "out_sharding",
+    ),
+    inline=True,
+)
+def _conv_general_dilated(
+    lhs: operands.MaybeQArray,
+    rhs: operands.MaybeQArray,
+    dims: lax.ConvDimensionNumbers,
+    *,
+    precision: Any,
+    preferred_element_type: Any,
+    out_sharding: Any,
+    **arguments: Any,
+) -> jax.Array:
+    conv: Any = functools.partial(lax.conv_general_dilated, dimension_numbers=dims, **arguments)
+    feature_groups, batch_groups = arguments["feature_group_count"], arguments["batch_group_count"]
+    dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
     lhs_batch, rhs_features = dims.lhs_spec[0], dims.rhs_spec[0]
     if not (
         operands.keeps_storage(lhs, rhs)
         and operands.is_untiled(lhs, set(range(lhs.ndim)) - {lhs_batch})
         and operands.is_untiled(rhs, set(range(rhs.ndim)) - {rhs_features})
     ):
-        return in_float(*operands.float_operands(lhs, rhs))
+        return conv(
+            *operands.float_operands(lhs, rhs),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
 
     def op(lhs: jax.Array, rhs: jax.Array, accumulator: np.dtype) -> jax.Array:
         return conv(
@@ -149,11 +182,11 @@ def conv_general_dilated(
     # A padded element is in no window's sum, so that sums of one operand are convs with ones. One
     # output suffices for all batches, or for all features of a group, whose sums are the same.
     def sum_lhs(values: jax.Array) -> jax.Array:
-        ones = _ones_like(rhs, rhs_features, feature_group_count * batch_group_count, values.dtype)
+        ones = _ones_like(rhs, rhs_features, feature_groups * batch_groups, values.dtype)
         return conv(values, ones, preferred_element_type=np.int32)
 
     def sum_rhs(values: jax.Array) -> jax.Array:
-        ones = _ones_like(lhs, lhs_batch, batch_group_count, values.dtype)
+        ones = _ones_like(lhs, lhs_batch, batch_groups, values.dtype)
         return conv(ones, values, preferred_element_type=np.int32)
 
     assert isinstance(lhs, QArray) and isinstance(rhs, QArray)  # keeps_storage says so
@@ -162,13 +195,18 @@ def conv_general_dilated(
         rhs,
         op,
         terms=math.prod(n for axis, n in enumerate(rhs.shape) if axis != rhs_features),
-        lhs_to_out=lambda x: _place_batch(x, dims, lhs.shape[lhs_batch], batch_group_count),
+        lhs_to_out=lambda x: _place_batch(x, dims, lhs.shape[lhs_batch], batch_groups),
         rhs_to_out=lambda x: operands.place(x, get_transpose(dims, for_lhs=False)),
         sum_lhs=sum_lhs,
         sum_rhs=sum_rhs,
         same_dtype=True,
     )
     return lax.convert_element_type(out, dtype)
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists within an argument as tuples, which are hashable."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _specs(dimension_numbers: Any) -> lax.ConvDimensionNumbers:

@@ -19,8 +19,9 @@ How a dot_general runs, first match:
   tile size), the tiles become a batch axis, and are summed after they are scaled.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,9 @@ DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int
 # Scaling costs one pass over an output for each tile of the contracting axes. With tiles smaller
 # than this, that is dearer than dequantizing the operands.
 MIN_TILE_SIZE_TO_DEQUANT_ON_OUTPUT = 128
+
+# How many elements the outputs of all tiles may have together before they are added up one by one.
+_MAX_BATCHED_OUTPUTS = 2**20
 
 
 def get_how_to_quantize(
@@ -116,25 +120,44 @@ def dot_general(
     lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
         return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **kwargs)
-    dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
     dims = operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
-    if mxfp_dot.is_native(lhs, rhs, dims) and precision is None and not kwargs:
-        return mxfp_dot.mxfp_dot_general(lhs, rhs, dims, dtype)
-    counts = _tile_counts(lhs, rhs, dims, MIN_TILE_SIZE_TO_DEQUANT_ON_OUTPUT)
+    if mxfp_dot.is_native(lhs, rhs, dims) and precision is None and kwargs.get("out_sharding") is None:
+        return mxfp_dot.mxfp_dot_general(lhs, rhs, dims, preferred_element_type)
+    min_tile, one_device = MIN_TILE_SIZE_TO_DEQUANT_ON_OUTPUT, jax.device_count() == 1
+    return _dot_general(lhs, rhs, dims, precision, preferred_element_type, min_tile, one_device, **kwargs)
+
+
+# Tracing a call again costs a fifth of tracing its operations (jax 0.10), and models repeat their shapes.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), static_argnames="out_sharding", inline=True)
+def _dot_general(
+    lhs: operands.MaybeQArray,
+    rhs: operands.MaybeQArray,
+    dims: operands.DotDimensionNumbers,
+    precision: Any,
+    preferred_element_type: Any,
+    min_tile: int,
+    one_device: bool,
+    out_sharding: Any = None,
+) -> jax.Array:
+    dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
+    counts = _tile_counts(lhs, rhs, dims, min_tile)
     if counts is None:
         lhs, rhs = operands.float_operands(lhs, rhs)
-        return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, **kwargs)
+        return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding=out_sharding)
     assert isinstance(lhs, QArray) and isinstance(rhs, QArray)  # or there were no counts
     tiled = sum(count != 1 for count in counts)
     if not tiled:
-        return lax.convert_element_type(_contract(lhs, rhs, dims, precision, **kwargs), dtype)
-    lhs, rhs, dims = _split_tiles(lhs, rhs, dims, counts)
-    out_sharding = kwargs.get("out_sharding")
-    if out_sharding is not None:
-        kwargs["out_sharding"] = _sharding_of_tiles(out_sharding, lhs, dims, tiled)
-    out = lax.reduce_sum(_contract(lhs, rhs, dims, precision, **kwargs), tuple(range(tiled)))
-    if out_sharding is not None:
-        out = jax.sharding.reshard(out, out_sharding)
+        out = _contract(lhs, rhs, dims, precision, out_sharding=out_sharding)
+    elif one_device and out_sharding is None and _is_faster_in_loop(lhs, rhs, dims, counts):
+        product = functools.partial(_contract, dims=dims, precision=precision)
+        out = _sum_of_tiles(product, lhs, rhs, dims, counts, unroll=False)
+    else:
+        lhs, rhs, dims = _split_tiles(lhs, rhs, dims, counts)
+        before = out_sharding and _sharding_of_tiles(out_sharding, lhs, dims, tiled)
+        out = _contract(lhs, rhs, dims, precision, out_sharding=before)
+        out = lax.reduce_sum(out, tuple(range(tiled)))
+        if out_sharding is not None:
+            out = jax.sharding.reshard(out, out_sharding)
     return lax.convert_element_type(out, dtype)
 
 
@@ -167,17 +190,15 @@ def loop_dot_general(
     dims = operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
     in_storage = operands.keeps_storage(lhs, rhs)
     counts = _merged_counts(lhs, rhs, dims)
-    total: Any = None
-    for tile in itertools.product(*map(range, counts)):
-        part_l = _take_tile(lhs, dims[0][0], counts, tile)
-        part_r = _take_tile(rhs, dims[0][1], counts, tile)
+
+    def product(lhs: Any, rhs: Any) -> jax.Array:
         if in_storage:
-            part = _contract(part_l, part_r, dims, **kwargs)
-        else:
-            part_l, part_r = operands.float_operands(part_l, part_r)
-            accumulator = jnp.promote_types(dtype, jnp.float32)
-            part = lax.dot_general(part_l, part_r, dims, preferred_element_type=accumulator, **kwargs)
-        total = part if total is None else lax.add(total, part)
+            return _contract(lhs, rhs, dims, **kwargs)
+        lhs, rhs = operands.float_operands(lhs, rhs)
+        accumulator = jnp.promote_types(dtype, jnp.float32)
+        return lax.dot_general(lhs, rhs, dims, preferred_element_type=accumulator, **kwargs)
+
+    total = _sum_of_tiles(product, lhs, rhs, dims, counts, unroll=True)
     return lax.convert_element_type(total, dtype)
 
 
@@ -269,19 +290,58 @@ def _split_array(array: QArray, tiled: dict[int, int]) -> QArray:
     )
 
 
-def _take_tile(array: Any, axes: tuple[int, ...], counts: list[int], tile: tuple[int, ...]) -> Any:
-    """One tile of each contracting axis of an array or QArray."""
+def _is_faster_in_loop(lhs: QArray, rhs: QArray, dims: operands.DotDimensionNumbers, counts: list[int]) -> bool:
+    """Whether one device takes one tile after the other faster than all of them as a batch.
+
+    An output once for each tile is slow if large, a GPU wants parallel work if it is small. XLA's CPU
+    backend is 2 to 5 times faster with a loop at any size. (With several devices it is a batch: a
+    loop over a sharded axis would gather it.)
+    """
+    shared = math.prod(lhs.shape[axis] for axis in (*dims[0][0], *dims[1][0], *dims[0][0]))
+    outputs = math.prod(counts) * lhs.size * rhs.size // max(shared, 1)
+    return outputs > _MAX_BATCHED_OUTPUTS or jax.default_backend() == "cpu"
+
+
+def _sum_of_tiles(
+    product: Callable[[Any, Any], jax.Array],
+    lhs: Any,
+    rhs: Any,
+    dims: operands.DotDimensionNumbers,
+    counts: list[int],
+    *,
+    unroll: bool,
+) -> jax.Array:
+    """The sum over all tiles of the contracting axes of a product of one tile."""
+
+    def part(number: Any) -> jax.Array:
+        tile = []
+        for count in counts:
+            tile.append(number % count)
+            number = number // count
+        lhs_tile = _take_tile(lhs, dims[0][0], counts, tile)
+        return product(lhs_tile, _take_tile(rhs, dims[0][1], counts, tile))
+
+    tiles = math.prod(counts)
+    if unroll:
+        return functools.reduce(lax.add, map(part, range(tiles)))
+    return lax.fori_loop(1, tiles, lambda number, total: lax.add(total, part(number)), part(0))
+
+
+def _take_tile(array: Any, axes: tuple[int, ...], counts: list[int], tile: list[Any]) -> Any:
+    """One tile of each contracting axis of an array or QArray; indices are static or traced."""
 
     def take(leaf: jax.Array) -> jax.Array:
         for axis, count, index in zip(axes, counts, tile, strict=True):
             size = leaf.shape[axis]
             if count == 1 or size == 1:
                 continue
-            # Of a scale that is tiled more coarsely than the other operand's, the one that covers
-            # this tile.
+            # A scale that is tiled more coarsely than the other operand's covers several tiles.
             length = max(size // count, 1)
-            start = index * size // count
-            leaf = lax.slice_in_dim(leaf, start, start + length, axis=axis)
+            start = index * length // max(count // size, 1)
+            if isinstance(start, int):
+                leaf = lax.slice_in_dim(leaf, start, start + length, axis=axis)
+            else:
+                leaf = lax.dynamic_slice_in_dim(leaf, start, length, axis=axis)
         return leaf
 
     if not isinstance(array, QArray):

@@ -94,13 +94,26 @@ def ragged_dot_general(
     lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
     if group_offset is not None:
         return _with_offset(lhs, rhs, group_sizes, dimension_numbers, precision, preferred_element_type, group_offset)
+    if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
+        return lax.ragged_dot_general(lhs, rhs, group_sizes, dimension_numbers, precision, preferred_element_type)
+    return _ragged_dot_general(lhs, rhs, group_sizes, dimension_numbers, precision, preferred_element_type)
+
+
+# Traced once for operands and arguments that repeat; as in `dot_general`.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _ragged_dot_general(
+    lhs: operands.MaybeQArray,
+    rhs: operands.MaybeQArray,
+    group_sizes: jax.Array,
+    dimension_numbers: lax.RaggedDotDimensionNumbers,
+    precision: Any,
+    preferred_element_type: Any,
+) -> jax.Array:
     op = functools.partial(
         lax.ragged_dot_general,
         group_sizes=group_sizes,
         ragged_dot_dimension_numbers=dimension_numbers,
     )
-    if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
-        return op(lhs, rhs, precision=precision, preferred_element_type=preferred_element_type)
     dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
     dims = operands.canonical_dimension_numbers(dimension_numbers.dot_dimension_numbers, (lhs.ndim, rhs.ndim))
     contracting, _ = dims
