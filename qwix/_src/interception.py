@@ -8,13 +8,13 @@ and `wrap_func_intercepted(fn, get_interceptor)` returns `fn` with that mapping 
 
 - **By any reference.** A Python function is redirected by exchanging its `__code__`, so a caller that did
   `from jax.lax import dot_general` long before is redirected as well. What has no exchangeable code (a `jax.jit`-ed
-  function, an instance of a class with `__call__`) is replaced where it stands and in every module that holds the same object.
+  function, an object with `__call__`) is replaced where it stands and in every module that holds the same object.
 - **Per thread.** The exchange is process-wide, the decision is not: another thread gets the original.
 - **Nestable, never recursive.** Interceptors form a stack. The innermost one that knows the name handles the call;
   while it does, it and everything inside of it is off, so what it passes on reaches the outer ones or the original.
 - **Exception-safe and free when idle.** The last wrapped call to leave puts everything back; nothing stays patched.
-- **Safe with jit's caches.** The ids of the active interceptors are part of the key of every `jax.jit` cache (a JAX user
-  context), so a function traced without interception is not reused under it, nor the other way round.
+- **Safe with jit's caches.** The ids of the active interceptors are part of the key of every `jax.jit` cache (a JAX
+  user context), so a function traced without interception is not reused under it, nor the other way round.
 
 `docs/design.md` says what else was tried.
 """
@@ -161,16 +161,16 @@ class _Target:
         self.users = 0
         self.owner, self.attr, self.current = owner, attr, current
         self.stored = vars(owner).get(attr)  # a change of it means that somebody has put another function there
+        self.original: Callable[..., Any]
         self.function = current if isinstance(current, types.FunctionType) else None
+        self.in_jax = self.function is not None and str(self.function.__module__).startswith("jax._src.lax.")
         if self.function is not None:
             self.saved_code: types.CodeType | None = None
-            self.planted_code = _code_calling(self._dispatch, self.function)
+            self.planted_code = _code_calling(self.dispatch, self.function)
             self._save_code()
         else:
             self.original = current
-            self.replacement = functools.update_wrapper(
-                lambda *args, **kwargs: self._dispatch(*args, **kwargs), current, updated=()
-            )
+            self.replacement = functools.update_wrapper(functools.partial(self.dispatch), current, updated=())
             self.holders: list[tuple[Any, str]] = []
             self.modules_seen = 0
 
@@ -185,12 +185,15 @@ class _Target:
             self.saved_code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
         original.__kwdefaults__ = function.__kwdefaults__
-        self.original: Callable[..., Any] = original
+        self.original = original
 
-    def _dispatch(self, *args, **kwargs):
+    def dispatch(self, *args, **kwargs):
+        """What is called in the place of the function, by the interceptors of this thread."""
         active = _state.active
+        if active and self.in_jax and _is_rule_of_jax(sys._getframe(2), self.function):
+            return self.original(*args, **kwargs)
         for i in range(len(active) - 1, -1, -1):
-            handler = self._handler(active[i].mapping)
+            handler = self.handler(active[i].mapping)
             if handler is None:
                 continue
             if hasattr(handler, "reentrant"):
@@ -198,9 +201,9 @@ class _Target:
             if not hasattr(handler, "passive"):
                 with _activate(active[:i]):
                     return handler(*args, **kwargs)
-            if any(not hasattr(self._handler(a.mapping) or handler, "passive") for a in active[:i]):
+            if any(not hasattr(self.handler(a.mapping) or handler, "passive") for a in active[:i]):
                 with _activate(active[:i]):
-                    return handler(self._dispatch, *args, **kwargs)
+                    return handler(self.dispatch, *args, **kwargs)
             _state.active = ()
             try:
                 return handler(self.original, *args, **kwargs)
@@ -208,7 +211,8 @@ class _Target:
                 _state.active = active
         return self.original(*args, **kwargs)
 
-    def _handler(self, mapping: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
+    def handler(self, mapping: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
+        """What a mapping has for it, under any of its names."""
         for name in self.names:
             if name in mapping:
                 return mapping[name]
@@ -236,6 +240,14 @@ class _Target:
             # Modules that were imported meanwhile, by the model or by another thread, may have taken the replacement.
             for holder, attr in _holders_of(self.replacement):
                 setattr(holder, attr, self.current)
+
+
+def _is_rule_of_jax(caller: types.FrameType, function: Any) -> bool:
+    """Whether it is one of JAX's own rules, such as that for the gradient of dot_general, that calls the function.
+
+    Such a call is no op of a model. The rules of jax 0.9 and 0.10 are private functions beside the public one.
+    """
+    return caller.f_globals is function.__globals__ and caller.f_code.co_name.startswith("_")
 
 
 def _holders_of(value: Any) -> list[tuple[types.ModuleType, str]]:
@@ -276,6 +288,8 @@ class _InterceptionManager:
         self._by_name: dict[str, _Target] = {}
         # id of what stood under a name, or stands there while it is patched -> its target, which keeps it alive
         self._by_id: dict[int, _Target] = {}
+        # id of the body of a jitted function -> its target
+        self._by_body: dict[int, _Target] = {}
 
     @property
     def active(self) -> tuple[Interceptor, ...]:
@@ -286,6 +300,16 @@ class _InterceptionManager:
         """What a dotted name stands for when nothing is intercepted."""
         target = self._by_name.get(name)
         return target.original if target is not None else get_attribute(name)
+
+    def stand_in(self, body: Callable[..., Any]) -> Callable[..., Any] | None:
+        """What is to be called in the place of a jitted function's Python body, by the interceptors in force.
+
+        For callers that hold a jitted function where it cannot be replaced, such as in a closure: jit calls its body.
+        """
+        target = self._by_body.get(id(body))
+        if target is None or not any(target.handler(i.mapping) for i in _state.active):
+            return None
+        return functools.wraps(body)(functools.partial(target.dispatch))
 
     @contextlib.contextmanager
     def intercepting(self, interceptor: Interceptor):
@@ -322,6 +346,7 @@ class _InterceptionManager:
             target = self._by_id[id(current)] = _Target(owner, attr, current)
             if target.function is None:
                 self._by_id[id(target.replacement)] = target
+                self._by_body[id(getattr(current, "__wrapped__", None))] = target
         target.names.append(name)
         self._by_name[name] = target
         return target

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from qwix._src import interception, provenance, qconfig
+from qwix._src import interception, provenance, qconfig, transforms
 from qwix._src.utils import flax_util
 
 
@@ -159,6 +159,10 @@ def _intercepted(
             book.roots.append((provider, root, type(self)._qwix_records[provider]))
             if isinstance(self, nnx.Module):
                 flax_util.track_nnx_model(self)
+            elif self.is_initializing():
+                book.initializing = True
+            if book.initializing:
+                transforms.not_of_parameters((args, kwargs))
             try:
                 output = run(self, *args, **kwargs)
             finally:
@@ -221,7 +225,7 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
                 if isinstance(module, nnx.Module):
                     module.qwix_rngs = nnx.data(rngs)
         with provenance.session() as book:
-            book.keep_replacements = True
+            book.keep_replacements = book.initializing = True
             getattr(model, method)(*args, **kwargs)
             book_of["replacements"] = dict(book.replacements)
         for _, module in nnx.iter_graph(model):

@@ -119,12 +119,14 @@ class ParamRef:
       keys: keys from the root of the model to it, such as ('blocks', 0, 'attn', 'kernel').
       value: the array as the module handed it out (maybe a tracer).
       views: what was done to it since, first step first; casts and sharding constraints are no steps.
+      depth: how deep in nested traces the module handed it out, see `_Book.depth`.
     """
 
     module: Any
     keys: tuple[str | int, ...]
     value: Any
     views: tuple[View, ...] = ()
+    depth: int = 0
 
     @property
     def name(self) -> str:
@@ -197,6 +199,31 @@ class _Book:
         # keys of an NNX parameter -> what has to stand there (filled by providers, carried out by `model`)
         self.replacements: dict[tuple[str | int, ...], Any] = {}
         self.keep_replacements = False
+        # Whether this call finds out which weights there are: `init` in Linen, the first run in NNX.
+        self.initializing = False
+        # How many ops ran so far.
+        self.ops = 0
+        # --- filled by `transforms` ---
+        # id of an input of the model -> the input
+        self.inputs: dict[int, Any] = {}
+        # id of an argument of a traced function -> (the argument, what was passed for it)
+        self.outer: dict[int, tuple[Any, Any]] = {}
+        # id of an array -> (the array, paths of the parameters that it was computed from, None if not from them alone)
+        self.sources: dict[int, tuple[Any, frozenset[str] | None]] = {}
+        # How many traces the running code is in, below the call of the model.
+        self.depth = 0
+        # (depth, what is to be done once the running code is no deeper)
+        self.pending: list[tuple[int, Callable[[], Any]]] = []
+        self.jit_has_ops = False
+        # In how many jitted functions the running code is that were given no parameters.
+        self.without_parameters = 0
+
+    def carry_out(self) -> None:
+        """Does what was waiting for the trace that was left just now."""
+        ready = [action for depth, action in self.pending if depth >= self.depth]
+        self.pending = [(depth, action) for depth, action in self.pending if depth < self.depth]
+        for action in ready:
+            action()
 
 
 class _State(threading.local):
@@ -244,6 +271,15 @@ def origins(array: Any) -> list[Any]:
         return [origin for base in found[1].bases for origin in origins(base)]
     inner = None if found is not None else _inner(array)
     return [array] if inner is None else origins(inner[0])
+
+
+def may_be_parameter(array: Any) -> bool:
+    """Whether an array was made by layout changes of parameters that are known; cheaper than `lookup`."""
+    if _state.book is None:
+        return False
+    return all(
+        (found := _state.book.known.get(id(origin))) is not None and found[1] is not None for origin in origins(array)
+    )
 
 
 def is_known(array: Any) -> bool:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qwix._src import interception, provenance
+from qwix._src import interception, provenance, transforms
 from qwix._src.utils import flax_util
 
 _provider_ids = itertools.count()
+
+
+class QuantizationWarning(UserWarning):
+    """An op may not be quantized as its rule was meant."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +196,31 @@ class QuantizationProvider:
             self._running_model()[1][path, op_id] = OpRecord(path, op_id, index)
         return rule, op_id
 
+    def _warn_of_no_weight(self, op_id: str, operands: Sequence[Any]) -> None:
+        """Warns if an operand of an op without a weight, by the looks of it, was meant as one."""
+        book = provenance.book()
+        if book is None or not book.initializing:
+            return
+        for i, operand in enumerate(operands):
+            what, names = "is computed from", transforms.parameters_of(operand)
+            if not names:
+                what, names = (
+                    "may be, inside of a transform that qwix does not follow,",
+                    transforms.lost_parameters(operand),
+                )
+            if not names:
+                continue
+            note = f"operand {i} {what} {', '.join(sorted(names))}"
+            self._record(op_id, note=note)
+            path = "/".join(map(str, flax_util.get_current_module_path()))
+            warnings.warn(
+                f"{path or 'the root module'}, {op_id}: its rule quantizes weights, but it has none. Its {note}, so that "
+                "it counts as an activation. Make one parameter of what the op uses (merge the parameters before "
+                "quantizing), or give the op a rule without weight_qtype.",
+                QuantizationWarning,
+                stacklevel=2,
+            )
+
     def _record(self, op_id: str, **found: Any) -> None:
         """Adds to the record of an op of the running module."""
         path = self._relative_module_path()
@@ -209,6 +239,7 @@ def _count_op(op_name: str, repeated_call: bool) -> int:
     _, counts = book.op_counts.setdefault(id(module), (module, {}))
     count = counts.get(op_name, 0) - (1 if repeated_call else 0)
     counts[op_name] = count + 1
+    book.ops += 1
     return count
 
 
@@ -247,6 +278,7 @@ def nn_param(module: Any, name: str, *args: Any, **kwargs: Any) -> Any:
 # In force for every provider: these follow parameters, and make contractions visible as dot_general.
 COMMON_INTERCEPTS: Mapping[str, Callable[..., Any]] = {
     **provenance.LAYOUT_INTERCEPTS,
+    **transforms.INTERCEPTS,
     "flax.linen.Module.param": nn_param,
     "jax._src.numpy.array_methods._operator_matmul": _matmul_operator,
     "jax._src.numpy.array_methods._operator_rmatmul": _matmul_operator_reversed,

@@ -177,7 +177,8 @@ def _track_linen_params(module: nn.Module) -> None:
 def track_linen_param(module: nn.Module, name: str, value: Any) -> None:
     """Remembers that `value` is what `module.param(name, ...)` handed out."""
     if hasattr(value, "shape") and not provenance.is_known(value):
-        provenance.track(value, provenance.ParamRef(module, (*module.path, name), value))
+        depth = provenance.book().depth  # type: ignore[union-attr]
+        provenance.track(value, provenance.ParamRef(module, (*module.path, name), value, depth=depth))
 
 
 def find_param(x: Any, ptq_array_type: type | None = None) -> str | None:
