@@ -313,11 +313,15 @@ def get_and_delete_variable(collection: str, name: str) -> Any | None:
 
 def _check_shape(value: Any, init_fn: Callable[[], Any], name: str) -> None:
     expected = jax.eval_shape(lambda: unbox(init_fn()))
-    shapes = lambda tree: jax.tree.map(lambda leaf: tuple(leaf.shape), tree)  # noqa: E731
+    shapes = lambda tree: [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]  # noqa: E731
     got, want = shapes(unbox(value)), shapes(expected)
     if got != want:
         where = "/".join(map(str, (*getattr(get_current_module(), "qwix_path", ()), name)))
-        raise ValueError(f"{where} has shape {got}, but {want} is needed here")
+        raise ValueError(f"{where} has shape {_one(got)}, but {_one(want)} is needed here")
+
+
+def _one(shapes: list[tuple[int, ...]]) -> Any:
+    return shapes[0] if len(shapes) == 1 else shapes
 
 
 def make_rng(rng_stream: str) -> jax.Array:
