@@ -18,7 +18,7 @@ from flax import nnx
 from qwix._src import nnx_nodes
 from qwix._src.core import pytree, qarray
 from qwix._src.providers import boxed_param
-from qwix.contrib import padded_ptq
+from qwix.contrib import awq, padded_ptq
 
 DIM = 4
 
@@ -43,6 +43,12 @@ def padded(key: jax.Array, **how: Any) -> padded_ptq.PaddedQArray:
     return padded_ptq.quantize(jax.random.normal(key, (DIM, DIM)), qarray.HowToQuantize(**how))
 
 
+def with_awq_scale(key: jax.Array, **how: Any) -> awq.WithAwqScale:
+    scale = 1 + jax.random.uniform(key, (DIM,))
+    aux = with_aux(key, **how)
+    return awq.WithAwqScale(aux.array, aux.how, awq_scale=scale, contracting_axis=0)
+
+
 STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "QArray-symmetric": lambda key: quantized(key, **SYMMETRIC),
     "QArray-asymmetric": lambda key: quantized(key, **ASYMMETRIC),
@@ -52,6 +58,8 @@ STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "WithAux-tiled": lambda key: with_aux(key, **TILED),
     "PaddedQArray": lambda key: padded(key, **PADDED),
     "WithAux-padded": lambda key: boxed_param.WithAux(padded(key, **PADDED), qarray.HowToQuantize(**PADDED)),
+    "WithAwqScale": lambda key: with_awq_scale(key, **SYMMETRIC),
+    "WithAwqScale-tiled": lambda key: with_awq_scale(key, **TILED),
 }
 
 # --- What may stand in the fields of a structure: arrays, or variables with their metadata.
