@@ -1,0 +1,581 @@
+"""What calibrated methods (AWQ, GPTQ, SmoothQuant, QEP) have in common.
+
+A *calibration provider* runs the float model as it is, and keeps statistics of the activations that each
+weight is multiplied with. They are averaged over calls, in float32, next to the weight:
+
+    blocks/0/attn/kernel         the weight
+    blocks/0/attn/kernel_awq     {"count": number of calls, "sum_of_act_scale": (in,)}
+
+in Linen's collection `quant_stats` (pass it as mutable), in NNX in a `QuantStat` variable. A subclass
+says what to compute, from activations laid out as (in, samples)::
+
+    class MeanProvider(SinglePassCalibrationProvider):
+        def get_rule_type(self):        # it looks at ops under rules of this type
+            return MyRule
+        def get_stats_suffix(self):     # the name of its statistics
+            return "_mean"
+        def compute_stats(self, lhs):   # arrays whose axes all run over the input features
+            return {"mean": lhs.mean(axis=1)}
+
+`quantize_params_with_calibration` then hands each weight that has statistics, laid out as (out, in), to a
+function of the method, and rounds the others to nearest.
+
+*Input features* are the elements of the weight's contracted axes, in row-major order of the axes that the
+quantized model stores it in. An op may contract several axes; batch axes count as samples, that is,
+statistics are shared over them. Both operands may be the weight, in any layout that `provenance` can
+follow, as a tied embedding's transpose.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from qwix._src import averaging, provenance, qconfig
+from qwix._src.core import einsum as core_einsum
+from qwix._src.core import operands as core_operands
+from qwix._src.core import qarray
+from qwix._src.providers import boxed_param, ptq
+from qwix._src.utils import flax_util
+
+_average = averaging.SimpleMovingAverage()
+
+
+# ---------------------------------------------------------------- collecting statistics
+
+
+class CalibrationProvider(qconfig.QuantizationProvider):
+    """Runs the float model, and shows each weight's activations to `_collect_stats`.
+
+    Rules of another type than `get_rule_type()`, or without `weight_qtype`, are passed over. The model's
+    outputs are those of the float model.
+    """
+
+    def get_rule_type(self) -> type[qconfig.QuantizationRule]:
+        """The type of the rules whose ops are calibrated."""
+        raise NotImplementedError
+
+    def get_stats_suffix(self) -> str:
+        """What the name of a weight is followed by in that of its statistics, such as '_awq'."""
+        raise NotImplementedError
+
+    def _collect_stats(self, lhs: jax.Array, weight: provenance.ParamRef, op_id: str) -> None:
+        """Called for each op with one weight among its operands.
+
+        Args:
+          lhs: the activations, (input features, samples).
+          weight: which parameter it is.
+          op_id: such as 'dot_general0'.
+        """
+        raise NotImplementedError
+
+    def dot_general(
+        self,
+        lhs: Any,
+        rhs: Any,
+        dimension_numbers: jax.lax.DotDimensionNumbers,
+        *args: Any,
+        rule: qconfig.QuantizationRule | None = None,
+        op_id: str | None = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """`jax.lax.dot_general`; `rule` and `op_id` are those of the op that it is a part of, if it is one."""
+        if op_id is None:
+            rule, op_id = self._get_current_rule_and_op_id("dot_general")
+        lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
+        self._observe(lhs, rhs, dimension_numbers, rule, op_id)
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+
+    def einsum(self, einsum_str: str, *operands: Any, **kwargs: Any) -> jax.Array:
+        """`jax.numpy.einsum`, run as the dot_generals of its pairs of operands."""
+        if len(operands) == 1:
+            return provenance.follow_views(lambda x: jnp.einsum(einsum_str, x, **kwargs), *operands)
+        rule, op_id = self._get_current_rule_and_op_id("einsum")
+        contract = kwargs.pop("_dot_general", None) or jax.lax.dot_general
+
+        def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **options: Any) -> jax.Array:
+            self._observe(lhs, rhs, dimension_numbers, rule, op_id)
+            return contract(*core_operands.float_operands(lhs, rhs), dimension_numbers, **options)
+
+        operands = tuple(map(provenance.unwrapped, operands))
+        return core_einsum.einsum(einsum_str, *operands, _qwix_dot_general=dot_general, **kwargs)
+
+    def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
+        return super().get_intercept_map() | {
+            "jax.lax.dot_general": self.dot_general,
+            "jax.numpy.einsum": self.einsum,
+        }
+
+    def _observe(
+        self, lhs: Any, rhs: Any, dimension_numbers: Any, rule: qconfig.QuantizationRule | None, op_id: str | None
+    ) -> None:
+        if not isinstance(rule, self.get_rule_type()) or rule.weight_qtype is None:
+            return
+        refs = [flax_util.find_ref(lhs), flax_util.find_ref(rhs)]
+        if sum(ref is not None for ref in refs) != 1:  # no weight; or two, and no activations
+            return
+        (lhs_axes, rhs_axes), _ = core_operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
+        if refs[0] is None:
+            used = _Used(refs[1], rhs.shape, rhs_axes, lhs, lhs_axes)
+        else:
+            used = _Used(refs[0], lhs.shape, lhs_axes, rhs, rhs_axes)
+        for part in used.parts():
+            try:
+                activations = part.activations_by_feature()
+            except ValueError as e:
+                warnings.warn(
+                    f"{part.ref.path}, {op_id}: no statistics of its activations were taken, so that it will be rounded "
+                    f"to nearest: {e}",
+                    qconfig.QuantizationWarning,
+                    stacklevel=2,
+                )
+                continue
+            self._collect_stats(activations, part.ref, op_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Used:
+    """A use of a weight: which of its axes are contracted, with which axes of which activations."""
+
+    ref: Any
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    activations: jax.Array
+    activation_axes: tuple[int, ...]
+
+    def parts(self) -> Iterator["_Used"]:
+        """One use for each parameter, if the weight is a concatenation."""
+        if isinstance(self.ref, provenance.ParamRef):
+            yield self
+            return
+        start = 0
+        for ref, size in zip(self.ref.parts, self.ref.sizes, strict=True):
+            axis = self.ref.axis
+            activations = self.activations
+            if axis in self.axes:
+                along = self.activation_axes[self.axes.index(axis)]
+                activations = lax.slice_in_dim(activations, start, start + size, axis=along)
+            shape = (*self.shape[:axis], size, *self.shape[axis + 1 :])
+            start += size
+            yield _Used(ref, shape, self.axes, activations, self.activation_axes)
+
+    def activations_by_feature(self) -> jax.Array:
+        """The activations as (input features, samples)."""
+        by_axis = dict(zip(self.axes, self.activation_axes, strict=True))
+        features = [by_axis[axis] for axis in sorted(by_axis)]
+        samples = [axis for axis in range(self.activations.ndim) if axis not in features]
+        order = _stored_feature_order(self.ref, self.shape, sorted(by_axis))
+        x = lax.transpose(self.activations, (*features, *samples))
+        x = x.reshape(len(order), -1)
+        return x if np.array_equal(order, np.arange(len(order))) else x[order]
+
+
+def _stored_feature_order(ref: provenance.ParamRef, shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
+    """For each input feature of the stored weight, which one of the operand it is.
+
+    Args:
+      ref: the steps from the parameter to the operand.
+      shape: the operand's.
+      axes: the operand's contracted axes, ascending.
+
+    Raises:
+      ValueError: the contracted elements are not whole axes of the stored weight.
+    """
+    views = ref.views[1:] if ref.views and ref.views[0].kind == "reshape" else ref.views
+    axes = list(axes)
+    order = np.arange(math.prod(shape[axis] for axis in axes))
+    granularity: tuple[Any, ...] = tuple(None if axis in axes else 1 for axis in range(len(shape)))
+    for view in reversed(views):
+        granularity = view.pull(granularity)
+        if view.kind == "transpose":
+            sources = [view.arg[axis] for axis in axes]
+            order = order.reshape([shape[axis] for axis in axes]).transpose(np.argsort(sources)).ravel()
+            axes = sorted(sources)
+        else:
+            axes = [axis for axis, tile in enumerate(granularity) if tile is None]
+        shape = view.in_shape
+        if math.prod(shape[axis] for axis in axes) != len(order):
+            raise ValueError(
+                f"the op contracts {len(order)} elements of it, which are not whole axes of the parameter of shape {shape}"
+            )
+    return order
+
+
+class SinglePassCalibrationProvider(CalibrationProvider):
+    """A calibration whose statistics are an average over calls; see the module's docstring."""
+
+    def compute_stats(self, lhs: jax.Array) -> dict[str, Any]:
+        """The statistics of one call.
+
+        Args:
+          lhs: the activations, (input features, samples).
+
+        Returns:
+          Arrays by name. All of their axes run over the input features: (in,), (in, in).
+        """
+        raise NotImplementedError
+
+    def _collect_stats(self, lhs: jax.Array, weight: provenance.ParamRef, op_id: str) -> None:
+        stats = self.compute_stats(lhs)
+        for name, value in stats.items():
+            # Under jit it is only known later, and `quantize_params_with_calibration` looks again.
+            if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
+                raise ValueError(
+                    f"{weight.path}, {op_id}: the activations hold NaN or inf, or overflow their {name}: calibrate with "
+                    "other inputs, or find the layer that makes them"
+                )
+        _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats)
+
+
+def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.Array]) -> None:
+    """Averages statistics into the variable `name` next to a weight."""
+    module = weight.module
+    if module is not None:
+        if not module.is_mutable_collection("quant_stats"):
+            return
+        stored = module.get_variable("quant_stats", name)
+    else:
+        module = _nnx_owner(weight)
+        variable = getattr(module, name, None)
+        stored = None if variable is None else variable.get_value()
+    average = _average.init(stats) if stored is None else dict(stored)
+    if jax.tree.map(jnp.shape, average) != jax.tree.map(jnp.shape, _average.init(stats)):
+        raise ValueError(
+            f"{weight.path} is used by ops that contract different axes of it, or was calibrated with another shape: its "
+            f"statistics have shapes {jax.tree.map(jnp.shape, average)}. Start with fresh statistics, and give "
+            "one of the ops a rule of another type."
+        )
+    if flax_util.should_update_quant_stats():
+        average = _average.update(average, stats)
+    if isinstance(module, nnx.Module):
+        if stored is None:
+            setattr(module, name, flax_util.QuantStat(average))
+        else:
+            getattr(module, name).set_value(average)
+    else:
+        module.put_variable("quant_stats", name, average)
+
+
+def _nnx_owner(weight: provenance.ParamRef) -> nnx.Module:
+    """The running module that holds an NNX parameter."""
+    book = provenance.book()
+    for module in reversed(list(book.modules.values()) if book is not None else []):
+        if getattr(module, "qwix_path", None) == weight.keys[:-1] and isinstance(module, nnx.Module):
+            variable = getattr(module, str(weight.keys[-1]), None)
+            if isinstance(variable, nnx.Variable) and variable.get_raw_value() is weight.value:
+                return module
+    raise ValueError(
+        f"{weight.path}: there is no module to keep its statistics in. Store the parameter as an attribute of a module, "
+        "not in a list or dict."
+    )
+
+
+# ---------------------------------------------------------------- quantizing with statistics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibratedQuantContext:
+    """A weight and its statistics, ready for a method to quantize.
+
+    Attributes:
+      weight: (out, in). Columns that share a scale are neighbours.
+      how: how to quantize `weight`, in terms of its two axes.
+      calibration_stats: the averaged statistics, float32, their axes in the order of the columns.
+      abs_w: what stands in the quantized model; it may be abstract.
+      contracting_axis: the contracted axis of the stored weight, or a tuple if there are several.
+      restore_shape: (out, in) array or QArray -> the same in the stored shape; an array may also be
+        (1, in), and keeps size 1 in the axes that are not contracted.
+      path: of the weight.
+    """
+
+    weight: jax.Array
+    how: qarray.HowToQuantize
+    calibration_stats: dict[str, jax.Array]
+    abs_w: ptq.WithAux
+    contracting_axis: int | tuple[int, ...]
+    restore_shape: Callable[..., Any]
+    path: tuple[str | int, ...]
+
+
+def normalize_weight(x: jax.Array, contraction_axis: int | Sequence[int]) -> tuple[jax.Array, Callable[[Any], Any]]:
+    """Lays a weight out as a matrix (rows = out, columns = in).
+
+    Args:
+      x: the weight.
+      contraction_axis: the axis, or axes, that become the columns.
+
+    Returns:
+      The matrix, and a function that undoes it, see `CalibratedQuantContext.restore_shape`.
+
+    >>> matrix, restore = normalize_weight(jnp.arange(24).reshape(2, 3, 4), 1)
+    >>> matrix.shape, matrix[0].tolist(), restore(matrix).shape
+    ((8, 3), [0, 4, 8], (2, 3, 4))
+    """
+    axes = (contraction_axis,) if isinstance(contraction_axis, int) else contraction_axis
+    layout = _Layout(tuple(x.shape), tuple(sorted(axis % x.ndim for axis in axes)))
+    return layout.to_matrix(x), layout.restore
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How a weight lies in a matrix (out, in) in which the columns of a group are neighbours.
+
+    A contracted axis is split into (tiles, tile size). The columns run over all numbers of tiles first, then
+    over all tile sizes, so that a tile of the weight, of one or of several axes, is a run of columns.
+
+    Attributes:
+      shape: of the weight.
+      axes: the contracted ones, ascending.
+      tiles: the tile size of contracted axes; the others are one tile.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    tiles: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rest(self) -> list[int]:
+        return [axis for axis in range(len(self.shape)) if axis not in self.axes]
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        """For each contracted axis the number of tiles, and the tile size."""
+        sizes = [self.tiles.get(axis, self.shape[axis]) for axis in self.axes]
+        return [self.shape[axis] // size for axis, size in zip(self.axes, sizes, strict=True)], sizes
+
+    @property
+    def tile(self) -> int | None:
+        """The number of columns in a group; None if all are in one."""
+        counts, sizes = self._split()
+        return None if math.prod(counts) == 1 else math.prod(sizes)
+
+    def columns(self) -> np.ndarray:
+        """For each column, which input feature it is."""
+        counts, sizes = self._split()
+        features = np.arange(math.prod(counts) * math.prod(sizes))
+        pairs = [n for pair in zip(counts, sizes, strict=True) for n in pair]
+        order = [*range(0, len(pairs), 2), *range(1, len(pairs), 2)]
+        return features.reshape(pairs).transpose(order).ravel()
+
+    def to_matrix(self, x: jax.Array) -> jax.Array:
+        rows = math.prod(self.shape[axis] for axis in self.rest)
+        matrix = x.transpose(*self.rest, *self.axes).reshape(rows, -1)
+        return self._take_columns(matrix, self.columns())
+
+    def restore(self, x: Any) -> Any:
+        """A matrix, or a QArray of one, in the shape of the weight."""
+        if isinstance(x, qarray.QArray):
+            # A scale has the rows of the weight, and a column for each group.
+            counts, _ = self._split()
+            found = x.scale.shape[1]
+            groups = counts if found == math.prod(counts) else [1] * (len(counts) - 1) + [found]
+            share = lambda leaf: self._place(leaf, groups)  # noqa: E731
+            return x.replace(
+                qvalue=self.restore(x.qvalue),
+                scale=share(x.scale),
+                zero_point=None if x.zero_point is None else share(x.zero_point),
+            )
+        features = self._take_columns(x, np.argsort(self.columns()))
+        return self._place(features, [self.shape[axis] for axis in self.axes])
+
+    def _place(self, x: jax.Array, sizes: Sequence[int]) -> jax.Array:
+        """(rows, columns) with axes in the order of the weight; `sizes` are those of the contracted ones."""
+        rows = [self.shape[axis] for axis in self.rest]
+        if x.shape[0] != math.prod(rows):
+            rows = [1] * len(rows)
+        return x.reshape(*rows, *sizes).transpose(*np.argsort([*self.rest, *self.axes]).tolist())
+
+    def _take_columns(self, matrix: jax.Array, columns: np.ndarray) -> jax.Array:
+        return matrix if len(self.axes) < 2 or not self.tiles else matrix[:, columns]
+
+
+def extract_calibrated_quant_context(
+    path: tuple[str | int, ...], weight: jax.Array, abs_w: ptq.WithAux, stats: Mapping[str, jax.Array]
+) -> CalibratedQuantContext | None:
+    """Prepares a weight for a method.
+
+    Args:
+      path: of the weight.
+      weight: float, in the shape of the float model or of the quantized one.
+      abs_w: the quantized weight in the quantized model; it may be abstract.
+      stats: {count, sum_of_<name>: ...} of this weight.
+
+    Returns:
+      The context; None if the quantized weight contracts nothing.
+
+    Raises:
+      ValueError: the statistics saw no call, are not finite, or do not fit the weight.
+    """
+    where = "/".join(map(str, path))
+    shape = tuple(abs_w.array.shape)
+    how = _how_of_shape(abs_w, where)
+    axes = tuple(axis for axis in range(len(shape)) if axis not in {a % len(shape) for a in how.channelwise_axes})
+    if not axes:
+        return None
+    if math.prod(weight.shape) != math.prod(shape):
+        raise ValueError(
+            f"{where} has shape {tuple(weight.shape)}, which cannot become the {shape} of the quantized model"
+        )
+    tiles = {axis % len(shape): tile for axis, tile in how.tiled_axes.items()}
+    tiles = {axis: round(shape[axis] * t) if isinstance(t, float) else t for axis, t in tiles.items()}
+    layout = _Layout(shape, axes, tiles)
+    columns = layout.columns()
+    return CalibratedQuantContext(
+        weight=layout.to_matrix(boxed_param.reshape_value(weight, shape)),
+        how=dataclasses.replace(how, channelwise_axes=(0,), tiled_axes={} if layout.tile is None else {1: layout.tile}),
+        calibration_stats={name: _by_column(x, columns, where, name) for name, x in _averaged(stats, where).items()},
+        abs_w=abs_w,
+        contracting_axis=axes[0] if len(axes) == 1 else axes,
+        restore_shape=layout.restore,
+        path=path,
+    )
+
+
+def _how_of_shape(abs_w: ptq.WithAux, where: str) -> qarray.HowToQuantize:
+    """How a weight was quantized, in terms of its own axes; of one without padded tiles."""
+    if type(abs_w.array) is not qarray.QArray:
+        raise ValueError(
+            f"{where} is a {type(abs_w.array).__name__}: calibrated methods quantize to plain QArrays. Choose a tile size "
+            "that divides the axis, and a provider without padding."
+        )
+    try:
+        # It tells contracted axes of size 1 from others, which the scale's shape does not.
+        if qarray.get_scale_shape(abs_w.array.shape, abs_w.how) == tuple(abs_w.array.scale.shape):
+            return abs_w.how
+    except ValueError:
+        pass
+    return ptq.how_of(abs_w)
+
+
+def _averaged(stats: Mapping[str, jax.Array], where: str) -> dict[str, jax.Array]:
+    if "count" not in stats or len(stats) < 2:
+        raise ValueError(f"the statistics of {where} are {{{', '.join(stats)}}}, but should be {{count, sum_of_...}}")
+    if _is_known(stats["count"]) and int(stats["count"]) == 0:
+        raise ValueError(
+            f"the statistics of {where} are of no call: run the calibration model (with the collection 'quant_stats' "
+            "mutable, in Linen), or give the weight a rule that is not calibrated"
+        )
+    averaged = _average.get_calibration(stats)
+    for name, value in averaged.items():
+        if _is_known(value) and not bool(jnp.isfinite(value).all()):
+            raise ValueError(
+                f"the statistic {name} of {where} is not finite: its activations held NaN or inf. Calibrate without jit "
+                "to see which op was the first."
+            )
+    return averaged
+
+
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def _by_column(x: jax.Array, columns: np.ndarray, where: str, name: str) -> jax.Array:
+    """A statistic with each axis in the order of the columns."""
+    if set(x.shape) != {len(columns)}:
+        raise ValueError(
+            f"the statistic {name} of {where} has shape {x.shape}, the weight has {len(columns)} input features: it "
+            "was taken from another model, or in an op that contracts other axes"
+        )
+    if np.array_equal(columns, np.arange(len(columns))):
+        return x
+    for axis in range(x.ndim):
+        x = jnp.take(x, columns, axis=axis)
+    return x
+
+
+def quantize_params_with_calibration(
+    params: Any,
+    abstract_quantized_params: Any,
+    quant_stats: Any,
+    stats_suffix: str,
+    quantize_fn: Callable[[CalibratedQuantContext], ptq.WithAux],
+    *,
+    allow_extra_params: bool = False,
+    default_stats: Callable[[ptq.WithAux], Mapping[str, jax.Array] | None] = lambda _: None,
+) -> Any:
+    """Quantizes a float parameter tree, with a method for the weights that have statistics.
+
+    Args:
+      params, abstract_quantized_params, allow_extra_params: see `ptq.quantize_params`.
+      quant_stats: pure nested dict of statistics; those of static-range activations may be among them.
+      stats_suffix: of the method's statistics, such as '_awq'.
+      quantize_fn: quantizes one weight, see `CalibratedQuantContext`. It returns what stands in the tree, in
+        the stored shape, unboxed.
+      default_stats: the statistics of a quantized weight that has none; where it gives None too, the weight
+        is rounded to nearest.
+
+    Returns:
+      The tree, in the form that `ptq.quantize_params` gives.
+
+    Raises:
+      ValueError: as `ptq.quantize_params` and `extract_calibrated_quant_context`; or none of the statistics
+        is the method's.
+    """
+    template = ptq.Template(abstract_quantized_params)
+    stats = dict(ptq.flatten(quant_stats, is_leaf=lambda x: "count" in x))
+    if stats and not any(str(path[-1]).endswith(stats_suffix) for path in stats):
+        names = sorted({str(path[-1]) for path in stats})
+        raise ValueError(f"quant_stats has no statistic named <weight>{stats_suffix}, but {', '.join(names)}")
+    calibrated, others = {}, {}
+    for path, value in ptq.flatten(params):
+        target = template.get(path)
+        quantized = None
+        if isinstance(target, ptq.WithAux) and isinstance(target.array, qarray.QArray):
+            stat = stats.get((*path[:-1], f"{path[-1]}{stats_suffix}")) or default_stats(target)
+            if stat is not None:
+                quantized = _quantize_stacked(path, value, target, stat, quantize_fn)
+        if quantized is None:
+            others[path] = value
+        else:
+            shape = tuple(target.array.shape)
+            place = lambda leaf, value=value, shape=shape: boxed_param.rebox(value, leaf, shape)  # noqa: E731
+            calibrated[path] = quantized.replace(array=jax.tree.map(place, quantized.array))
+    result = ptq.quantize_params(
+        _nested(others), abstract_quantized_params, quant_stats, allow_extra_params=allow_extra_params
+    )
+    return _merged(result, template.restore(calibrated))
+
+
+def _quantize_stacked(
+    path: tuple[str | int, ...],
+    weight: jax.Array,
+    target: ptq.WithAux,
+    stats: Mapping[str, jax.Array],
+    quantize_fn: Callable[[CalibratedQuantContext], ptq.WithAux],
+) -> ptq.WithAux | None:
+    """Quantizes a weight; one layer after the other if a scan or vmap stacked them, as the count's rank tells."""
+    if not jnp.ndim(stats["count"]):
+        context = extract_calibrated_quant_context(path, weight, target, stats)
+        return None if context is None else quantize_fn(context)
+    layers = []
+    for i in range(stats["count"].shape[0]):
+        take = lambda leaf, i=i: leaf[i]  # noqa: E731
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
+        layers.append(_quantize_stacked(path, weight[i], abstract, jax.tree.map(take, dict(stats)), quantize_fn))
+    if any(layer is None for layer in layers):
+        return None
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers).replace(how=target.how)
+
+
+def _nested(flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
+    nested: dict[Any, Any] = {}
+    for path, value in flat.items():
+        node = nested
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return nested
+
+
+def _merged(first: dict[Any, Any], second: dict[Any, Any]) -> dict[Any, Any]:
+    """Two nested dicts without a common leaf as one."""
+    merged = dict(first)
+    for key, value in second.items():
+        merged[key] = _merged(merged[key], value) if key in merged else value
+    return merged
