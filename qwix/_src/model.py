@@ -93,7 +93,7 @@ def quantize_nnx_model(
     """`quantize_model` for NNX."""
     skip_init = model_inputs_kwargs.pop("skip_nnx_init", False)
     wrapped = {call_method: _intercepted(getattr(type(model), call_method), provider, call_method)}
-    model = nnx.merge(*nnx.split(model))
+    model = nnx.clone(model)  # its variables as well: nnx.merge(*nnx.split(model)) would share them
     model.__class__ = _subclass(type(model), wrapped, provider)
     for path, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Module):
