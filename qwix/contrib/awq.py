@@ -35,7 +35,7 @@ from flax import nnx
 from qwix._src import nnx_nodes, provenance, qconfig
 from qwix._src.core import einsum_info, pytree, qarray
 from qwix._src.core import operands as core_operands
-from qwix._src.providers import boxed_param, ptq
+from qwix._src.providers import ptq
 from qwix._src.utils import flax_util
 from qwix.contrib import awq_core, calibration
 
@@ -107,7 +107,7 @@ class WithAwqScale(ptq.WithAux):
 
     def aligned_scale(self) -> jax.Array:
         """The scale with the rank of the weight, of size 1 along the axes that it does not run over."""
-        value = self.value
+        value: Any = self.value
         stacked = value.awq_scale.ndim - 1
         kept = [*range(stacked), *(axis + stacked for axis in self.axes())]
         shape = [size if axis in kept else 1 for axis, size in enumerate(value.shape)]
@@ -115,12 +115,12 @@ class WithAwqScale(ptq.WithAux):
 
     def without_scale(self) -> ptq.WithAux:
         """The scaled weight: what is multiplied with activations that are divided by the scale."""
-        value = self.value
+        value: Any = self.value
         return ptq.WithAux(value.array, value.how)
 
-    def _moved(self, result: ptq.WithAux, change: Callable[[qarray.QArray], qarray.QArray]) -> "WithAwqScale":
+    def _moved(self, result: Any, change: Callable[[qarray.QArray], qarray.QArray]) -> "WithAwqScale":
         """`result`, a changed layout of this weight, with the scale that follows from the same change."""
-        value = self.value
+        value: Any = self.value
         if value.awq_scale.ndim > 1:
             raise ValueError("the layout of stacked AWQ weights cannot be changed: change that of each layer")
         # To a layout change, a scale for each feature is a scale like that of a QArray.
@@ -132,7 +132,7 @@ class WithAwqScale(ptq.WithAux):
             contracting_axis=axes[0] if len(axes) == 1 else axes,
         )
 
-    def __getitem__(self, key: Any) -> "WithAwqScale":
+    def __getitem__(self, key: Any) -> Any:
         if key is Ellipsis:
             return self.value
         return self._moved(super().__getitem__(key), lambda array: array[key])
@@ -148,7 +148,7 @@ class WithAwqScale(ptq.WithAux):
         return self._moved(super().swapaxes(axis1, axis2), lambda array: array.swapaxes(axis1, axis2))
 
     def apply_layout(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        results = super().apply_layout(function, *args, **kwargs)
+        results: Any = super().apply_layout(function, *args, **kwargs)
 
         def change(array: qarray.QArray, i: int | None = None) -> qarray.QArray:
             changed = provenance.apply_layout(function, array, args, kwargs)
@@ -159,7 +159,7 @@ class WithAwqScale(ptq.WithAux):
         return [self._moved(result, functools.partial(change, i=i)) for i, result in enumerate(results)]
 
     @staticmethod
-    def concatenate(arrays: Sequence[Any], axis: int = 0, **kwargs: Any) -> jax.Array:
+    def concatenate(arrays: Sequence[Any], axis: int = 0, **kwargs: Any) -> Any:
         """The float weights joined: they have scales of their own, which no one array of activations can take."""
         return jnp.concatenate([jnp.asarray(x) for x in arrays], kwargs.pop("dimension", axis))
 
@@ -280,7 +280,8 @@ def _move_scales(operands: Sequence[Any], labels: Sequence[Sequence[Any]]) -> li
 
 def _divided(x: Any, weight: WithAwqScale, axes: Sequence[int]) -> jax.Array:
     """Activations divided by a weight's scale; `axes` are those of x that go with the weight's scaled ones."""
-    scale = weight.value.awq_scale.reshape([weight.shape[axis] for axis in weight.axes()])
+    value: Any = weight.value
+    scale = value.awq_scale.reshape([weight.shape[axis] for axis in weight.axes()])
     scale = scale.transpose(*np.argsort(axes).tolist())
     sizes = iter(scale.shape)
     scale = scale.reshape([next(sizes) if axis in axes else 1 for axis in range(x.ndim)])
@@ -318,8 +319,8 @@ def quantize_params(
     def quantize(context: calibration.CalibratedQuantContext) -> WithAwqScale:
         if is_nnx and not isinstance(context.abs_w, WithAwqScale):
             raise ValueError(
-                f"{'/'.join(map(str, context.path))} has AWQ statistics, but no place for an AWQ scale in the quantized model: "
-                "quantize the model with AwqInferenceProvider, and with the AwqRules that were calibrated"
+                f"{'/'.join(map(str, context.path))} has AWQ statistics, but the quantized model has no place for its "
+                "scale: quantize the model with AwqInferenceProvider, and with the AwqRules that were calibrated"
             )
         array, scale = awq_core.quantize_weight(
             context.weight, context.calibration_stats["act_scale"], context.how, n_grid

@@ -27,6 +27,7 @@ follow, as a tied embedding's transpose.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from jax import lax
 from qwix._src import averaging, provenance, qconfig
 from qwix._src.core import einsum as core_einsum
 from qwix._src.core import operands as core_operands
-from qwix._src.core import qarray
+from qwix._src.core import qarray, tiling
 from qwix._src.providers import boxed_param, ptq
 from qwix._src.utils import flax_util
 
@@ -102,7 +103,8 @@ class CalibrationProvider(qconfig.QuantizationProvider):
 
         def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **options: Any) -> jax.Array:
             self._observe(lhs, rhs, dimension_numbers, rule, op_id)
-            return contract(*core_operands.float_operands(lhs, rhs), dimension_numbers, **options)
+            lhs, rhs = core_operands.float_operands(lhs, rhs)
+            return contract(lhs, rhs, dimension_numbers, **options)
 
         operands = tuple(map(provenance.unwrapped, operands))
         return core_einsum.einsum(einsum_str, *operands, _qwix_dot_general=dot_general, **kwargs)
@@ -126,13 +128,14 @@ class CalibrationProvider(qconfig.QuantizationProvider):
             used = _Used(refs[1], rhs.shape, rhs_axes, lhs, lhs_axes)
         else:
             used = _Used(refs[0], lhs.shape, lhs_axes, rhs, rhs_axes)
+        assert op_id is not None
         for part in used.parts():
             try:
                 activations = part.activations_by_feature()
             except ValueError as e:
                 warnings.warn(
-                    f"{part.ref.path}, {op_id}: no statistics of its activations were taken, so that it will be rounded "
-                    f"to nearest: {e}",
+                    f"{part.ref.path}, {op_id}: no statistics of its activations were taken, so that it will be "
+                    f"rounded to nearest: {e}",
                     qconfig.QuantizationWarning,
                     stacklevel=2,
                 )
@@ -203,7 +206,8 @@ def _stored_feature_order(ref: provenance.ParamRef, shape: tuple[int, ...], axes
         shape = view.in_shape
         if math.prod(shape[axis] for axis in axes) != len(order):
             raise ValueError(
-                f"the op contracts {len(order)} elements of it, which are not whole axes of the parameter of shape {shape}"
+                f"the op contracts {len(order)} elements of it, which are not whole axes of the parameter of shape "
+                f"{shape}"
             )
     return order
 
@@ -228,8 +232,8 @@ class SinglePassCalibrationProvider(CalibrationProvider):
             # Under jit it is only known later, and `quantize_params_with_calibration` looks again.
             if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
                 raise ValueError(
-                    f"{weight.path}, {op_id}: the activations hold NaN or inf, or overflow their {name}: calibrate with "
-                    "other inputs, or find the layer that makes them"
+                    f"{weight.path}, {op_id}: the activations hold NaN or inf, or overflow their {name}: calibrate "
+                    "with other inputs, or find the layer that makes them"
                 )
         _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats)
 
@@ -248,8 +252,8 @@ def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.
     average = _average.init(stats) if stored is None else dict(stored)
     if jax.tree.map(jnp.shape, average) != jax.tree.map(jnp.shape, _average.init(stats)):
         raise ValueError(
-            f"{weight.path} is used by ops that contract different axes of it, or was calibrated with another shape: its "
-            f"statistics have shapes {jax.tree.map(jnp.shape, average)}. Start with fresh statistics, and give "
+            f"{weight.path} is used by ops that contract different axes of it, or was calibrated with another shape: "
+            f"its statistics have shapes {jax.tree.map(jnp.shape, average)}. Start with fresh statistics, and give "
             "one of the ops a rule of another type."
         )
     if flax_util.should_update_quant_stats():
@@ -264,17 +268,24 @@ def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.
 
 
 def _nnx_owner(weight: provenance.ParamRef) -> nnx.Module:
-    """The running module that holds an NNX parameter."""
+    """The module that holds an NNX parameter, as the running code sees it: under nnx.scan that is a copy."""
+    current = flax_util.get_current_module()
+    if isinstance(current, nnx.Module) and _path_of(current) == weight.keys[:-1]:
+        return current
     book = provenance.book()
     for module in reversed(list(book.modules.values()) if book is not None else []):
-        if getattr(module, "qwix_path", None) == weight.keys[:-1] and isinstance(module, nnx.Module):
+        if _path_of(module) == weight.keys[:-1]:
             variable = getattr(module, str(weight.keys[-1]), None)
             if isinstance(variable, nnx.Variable) and variable.get_raw_value() is weight.value:
                 return module
     raise ValueError(
-        f"{weight.path}: there is no module to keep its statistics in. Store the parameter as an attribute of a module, "
-        "not in a list or dict."
+        f"{weight.path}: there is no module to keep its statistics in. Store the parameter as an attribute of a "
+        "module, not in a list or dict, and run the op in the transform that the module is in."
     )
+
+
+def _path_of(module: Any) -> Any:
+    return getattr(module, "qwix_path", None) if isinstance(module, nnx.Module) else None
 
 
 # ---------------------------------------------------------------- quantizing with statistics
@@ -374,12 +385,11 @@ class _Layout:
             # A scale has the rows of the weight, and a column for each group.
             counts, _ = self._split()
             found = x.scale.shape[1]
-            groups = counts if found == math.prod(counts) else [1] * (len(counts) - 1) + [found]
-            share = lambda leaf: self._place(leaf, groups)  # noqa: E731
+            groups = counts if found == math.prod(counts) else [*[1] * (len(counts) - 1), found]
             return x.replace(
                 qvalue=self.restore(x.qvalue),
-                scale=share(x.scale),
-                zero_point=None if x.zero_point is None else share(x.zero_point),
+                scale=self._place(x.scale, groups),
+                zero_point=None if x.zero_point is None else self._place(x.zero_point, groups),
             )
         features = self._take_columns(x, np.argsort(self.columns()))
         return self._place(features, [self.shape[axis] for axis in self.axes])
@@ -422,8 +432,7 @@ def extract_calibrated_quant_context(
         raise ValueError(
             f"{where} has shape {tuple(weight.shape)}, which cannot become the {shape} of the quantized model"
         )
-    tiles = {axis % len(shape): tile for axis, tile in how.tiled_axes.items()}
-    tiles = {axis: round(shape[axis] * t) if isinstance(t, float) else t for axis, t in tiles.items()}
+    tiles = {axis % len(shape): tiling.tile_size(shape, axis, tile) for axis, tile in how.tiled_axes.items()}
     layout = _Layout(shape, axes, tiles)
     columns = layout.columns()
     return CalibratedQuantContext(
@@ -441,8 +450,8 @@ def _how_of_shape(abs_w: ptq.WithAux, where: str) -> qarray.HowToQuantize:
     """How a weight was quantized, in terms of its own axes; of one without padded tiles."""
     if type(abs_w.array) is not qarray.QArray:
         raise ValueError(
-            f"{where} is a {type(abs_w.array).__name__}: calibrated methods quantize to plain QArrays. Choose a tile size "
-            "that divides the axis, and a provider without padding."
+            f"{where} is a {type(abs_w.array).__name__}: calibrated methods quantize to plain QArrays. Choose a tile "
+            "size that divides the axis, and a provider without padding."
         )
     try:
         # It tells contracted axes of size 1 from others, which the scale's shape does not.
@@ -465,8 +474,8 @@ def _averaged(stats: Mapping[str, jax.Array], where: str) -> dict[str, jax.Array
     for name, value in averaged.items():
         if _is_known(value) and not bool(jnp.isfinite(value).all()):
             raise ValueError(
-                f"the statistic {name} of {where} is not finite: its activations held NaN or inf. Calibrate without jit "
-                "to see which op was the first."
+                f"the statistic {name} of {where} is not finite: its activations held NaN or inf. Calibrate without "
+                "jit to see which op was the first."
             )
     return averaged
 
@@ -533,8 +542,7 @@ def quantize_params_with_calibration(
         if quantized is None:
             others[path] = value
         else:
-            shape = tuple(target.array.shape)
-            place = lambda leaf, value=value, shape=shape: boxed_param.rebox(value, leaf, shape)  # noqa: E731
+            place = functools.partial(boxed_param.rebox, value, value_shape=tuple(quantized.array.shape))
             calibrated[path] = quantized.replace(array=jax.tree.map(place, quantized.array))
     result = ptq.quantize_params(
         _nested(others), abstract_quantized_params, quant_stats, allow_extra_params=allow_extra_params
@@ -553,13 +561,14 @@ def _quantize_stacked(
     if not jnp.ndim(stats["count"]):
         context = extract_calibrated_quant_context(path, weight, target, stats)
         return None if context is None else quantize_fn(context)
+    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
     layers = []
     for i in range(stats["count"].shape[0]):
-        take = lambda leaf, i=i: leaf[i]  # noqa: E731
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
-        layers.append(_quantize_stacked(path, weight[i], abstract, jax.tree.map(take, dict(stats)), quantize_fn))
-    if any(layer is None for layer in layers):
-        return None
+        stats_of_layer = {name: value[i] for name, value in stats.items()}
+        quantized = _quantize_stacked(path, weight[i], layer, stats_of_layer, quantize_fn)
+        if quantized is None:
+            return None
+        layers.append(quantized)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers).replace(how=target.how)
 
 
