@@ -269,12 +269,14 @@ def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.
 
 def _nnx_owner(weight: provenance.ParamRef) -> nnx.Module:
     """The module that holds an NNX parameter, as the running code sees it: under nnx.scan that is a copy."""
+    # An index of an nnx.List may stand in a path as a number or as a string.
+    owner = tuple(map(str, weight.keys[:-1]))
     current = flax_util.get_current_module()
-    if isinstance(current, nnx.Module) and _path_of(current) == weight.keys[:-1]:
+    if isinstance(current, nnx.Module) and _path_of(current) == owner:
         return current
     book = provenance.book()
     for module in reversed(list(book.modules.values()) if book is not None else []):
-        if _path_of(module) == weight.keys[:-1]:
+        if _path_of(module) == owner:
             variable = getattr(module, str(weight.keys[-1]), None)
             if isinstance(variable, nnx.Variable) and variable.get_raw_value() is weight.value:
                 return module
@@ -284,8 +286,9 @@ def _nnx_owner(weight: provenance.ParamRef) -> nnx.Module:
     )
 
 
-def _path_of(module: Any) -> Any:
-    return getattr(module, "qwix_path", None) if isinstance(module, nnx.Module) else None
+def _path_of(module: Any) -> tuple[str, ...] | None:
+    path = getattr(module, "qwix_path", None) if isinstance(module, nnx.Module) else None
+    return None if path is None else tuple(map(str, path))
 
 
 # ---------------------------------------------------------------- quantizing with statistics
