@@ -59,11 +59,12 @@ def demo_command(
                 quantized.write(scratch / item.name, model, item, directory)
                 rows.append(comparison.quantized_row(work, model, done, _tracker(progress)))
                 progress.advance(steps)
+                if progress.disable:  # A log shows that something happens, too.
+                    typer.echo(f"{item.name}: done", err=True)
             _check_reload(scratch / item.name, model, work)
             comparison.write_results(scratch / DEMO_MARKER, rows, work)
             _write_report(scratch / "report.html", rows, work, "all-MiniLM-L6-v2, quantized")
-    console = Console()
-    console.print(_result_table(rows))
+    _print_table(_result_table(rows))
     _say(f"{out / item.name}: reloaded from disk, its embeddings are bit-equal")
     _say(f"{out / 'report.html'}: the report, with plots")
 
@@ -94,7 +95,7 @@ def quantize_command(
             _check_reload(scratch, model, work)
             row = comparison.quantized_row(work, model, done, _tracker(progress))
         progress.advance(steps)
-    Console().print(_result_table([comparison.float_row(work), row]))
+    _print_table(_result_table([comparison.float_row(work), row]))
     _say(f"{out}: reloaded from disk, its embeddings are bit-equal")
 
 
@@ -109,7 +110,7 @@ def inspect_command(
     for name, info in manifest.arrays.items():
         shape = "×".join(map(str, info.shape)) or "scalar"
         table.add_row(name, info.dtype, shape, info.stored, f"{info.bytes:,}")
-    Console().print(table)
+    _print_table(table)
     recipe = manifest.metadata.get("recipe", {})
     _say(f"recipe {recipe.get('name')}: {recipe.get('description')}")
     _say(
@@ -149,16 +150,17 @@ def _read_lines(path: pathlib.Path) -> list[str]:
 
 
 def _table(*texts: str, numbers: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for name in texts:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
 def _result_table(rows: Sequence[report.Row]) -> Table:
-    numbers = ["MB", "smaller", "bits", "cosine", "worst", "recall@1", "@10", "ms/text"]
+    numbers = ["MB on\ndisk", "times\nsmaller", "bits a\nweight", "cosine\nmean", "cosine\nworst"]
+    numbers += ["recall\n@1", "recall\n@10", "ms a\ntext"]
     table = _table("recipe", numbers=numbers)
     for row in rows:
         m = row.measures
@@ -178,9 +180,12 @@ def _result_table(rows: Sequence[report.Row]) -> Table:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress display on stderr, so that stdout holds the table and nothing else."""
+    """A progress display on a terminal's stderr: gone at the end, so that an error is one line."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         yield progress
 
 
@@ -193,6 +198,12 @@ def _tracker(progress: Progress) -> comparison.Track:
         progress.remove_task(task)
 
     return track
+
+
+def _print_table(table: Table) -> None:
+    # A pipe or a file has no edge to wrap at.
+    console = Console() if Console().is_terminal else Console(width=160)
+    console.print(table)
 
 
 def _say(line: str) -> None:

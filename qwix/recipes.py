@@ -196,7 +196,7 @@ def _quantize_tables(model: Any, recipe: Recipe) -> None:
             calibration_method=rule.weight_calibration_method,
         )
         shape = tuple(module.embedding.shape)
-        module.embedding = boxed_param.Replacement(how, shape, shape)(module.embedding)
+        module.embedding = boxed_param.Replacement(how, shape, shape)(module.embedding)  # type: ignore[assignment]
 
 
 def _qtype(name: str) -> Any:
@@ -228,7 +228,8 @@ def _awq(model: Any, recipe: Recipe, inputs: tuple[Any, ...], calibration: Any) 
     rules = _rules(recipe, awq.AwqRule)
     provider = awq.AwqCalibrationProvider(rules)
     observed = model_lib.quantize_model(model, provider, *inputs, skip_nnx_init=True)
-    _run(observed, calibration)
+    if not _run(observed, calibration):
+        raise RecipeError(f"recipe {recipe.name!r}: the calibration data is empty")
     _check_used(recipe, provider)
     stats = nnx.to_pure_dict(nnx.state(observed, flax_util.QuantStat))
     quantized = model_lib.quantize_model(model, awq.AwqInferenceProvider(rules), *inputs)
@@ -243,14 +244,17 @@ METHODS: dict[str, Callable[[Any, Recipe, tuple[Any, ...], Any], Any]] = {
 }
 
 
-def _run(model: Any, calibration: Iterable[Any]) -> None:
-    """Calls a model that collects statistics on every batch."""
+def _run(model: Any, calibration: Iterable[Any]) -> int:
+    """Calls a model that collects statistics on every batch; returns how many there were."""
+    count = 0
     call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs))
     for batch in calibration:
         if isinstance(batch, Mapping):
             call(model, (), dict(batch))
         else:
             call(model, batch if isinstance(batch, tuple) else (batch,), {})
+        count += 1
+    return count
 
 
 def template(model: Any, recipe: Recipe, *model_inputs: Any) -> Any:
@@ -276,7 +280,8 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = "/".join(map(str, path))
         value = variable.get_value()
-        now = flax_util.unbox(flax_util.get_value_from_path(quantized, [*path]))
+        keys: Any = path
+        now = flax_util.unbox(flax_util.get_value_from_path(quantized, keys))
         entry = WeightReport(
             path=name,
             shape=tuple(value.shape),
@@ -297,7 +302,7 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
     return Report(recipe, tuple(weights), tuple(in_float))
 
 
-def _float_weight(weight: WithAux) -> jax.Array:
+def _float_weight(weight: Any) -> jax.Array:
     """The float weight that a quantized one stands for."""
     value = qarray.dequantize(weight.array)
     scale = getattr(weight, "awq_scale", None)

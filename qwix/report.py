@@ -167,7 +167,8 @@ def weight_plot(rows: Sequence[Row]) -> Any:
     """The relative errors of the quantized weights, a dot each and a bar at the median."""
     figure, axes = _figure(7.6, 0.36 * len(rows) + 0.8)
     for i, row in enumerate(rows):
-        values = list(row.weight_errors.values())
+        # A weight without error still has its dot on the logarithmic axis.
+        values = [max(value, 1e-9) for value in row.weight_errors.values()]
         axes.scatter(values, [i] * len(values), s=16, alpha=0.45, color=_color(row), zorder=3)
         axes.plot([np.median(values)] * 2, [i - 0.3, i + 0.3], color=_INK, linewidth=1.6, zorder=4)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])

@@ -28,6 +28,4 @@ def import_extra(module: str, extra: str = "cli") -> types.ModuleType:
         package = module.split(".", maxsplit=1)[0]
         if error.name is not None and error.name.split(".", maxsplit=1)[0] != package:
             raise  # The package is there and is broken itself: its own error says more.
-        raise MissingExtraError(
-            f"this needs the package {package!r}: pip install 'qwix[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"this needs the package {package!r}: pip install 'qwix[{extra}]'") from error
