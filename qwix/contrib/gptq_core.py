@@ -21,12 +21,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwix._src.core import qarray
+from qwix._src.core import numerics, qarray
 
 
 def compute_hessian(X: jax.Array) -> jax.Array:
@@ -152,34 +153,37 @@ def _gptq(
 
     def block_step(carry, start):
         Wt, params = carry
-        factors = lax.dynamic_slice_in_dim(U, start, size, 0)  # U[block, :]
+        rows_of_U = lax.dynamic_slice_in_dim(U, start, size, 0)
+        if not params_are_final:  # no block holds the first columns of two groups
+            new = lambda: _group_params(lax.dynamic_slice_in_dim(Wt, start, group, 0)[None], how)  # noqa: E731
+            put = lambda p, n: lax.dynamic_update_slice_in_dim(p, n, start // group, 0)  # noqa: E731
+            params = lax.cond(
+                (start % group == 0) & (start < columns),
+                lambda: jax.tree.map(put, params, new()),
+                lambda: params,
+            )
+        groups_of_block = lax.dynamic_slice_in_dim(group_of, start, size, 0)
+        if not params_are_final or groups == 1:
+            of_block = jax.tree.map(lambda p: p[groups_of_block[0]], params)
 
-        def up_to_date(first, count, errors):
-            """Columns of W as they are after the columns of this block that have had their turn."""
-            stale = lax.dynamic_slice_in_dim(Wt, first, count, 0)
-            return stale - lax.dynamic_slice_in_dim(factors, first, count, 1).T @ errors
+        def column_step(errors, x):
+            j, stale, factors, pivot, group = x
+            w = stale[None] - factors[None] @ errors  # catches up with the columns of this block before it
+            ours = jax.tree.map(lambda p: p[group], params) if params_are_final and groups > 1 else of_block
+            codes, dequantized = _round(w, how.qtype, *ours)
+            error = (w - dequantized) / pivot
+            return lax.dynamic_update_slice_in_dim(errors, error, j, 0), (codes[0], error[0] ** 2)
 
-        def column_step(state, column):
-            errors, params = state
-            if not params_are_final:
-                new = lambda: _group_params(up_to_date(column, group, errors)[None], how)  # noqa: E731
-                put = lambda p, n: lax.dynamic_update_slice_in_dim(p, n, group_of[column], 0)  # noqa: E731
-                params = lax.cond(
-                    (column % group == 0) & (column < columns),
-                    lambda: jax.tree.map(put, params, new()),
-                    lambda: params,
-                )
-            w = up_to_date(column, 1, errors)
-            scale, zero_point = jax.tree.map(lambda p: p[group_of[column]], params)
-            codes, dequantized = quantize(w, how.qtype, scale, zero_point)
-            error = (w - dequantized) / diagonal[column]
-            errors = lax.dynamic_update_slice_in_dim(errors, error, column - start, 0)
-            return (errors, params), (codes[0], error[0] ** 2)
-
-        errors = jnp.zeros((size, rows), jnp.float32)
-        (errors, params), out = lax.scan(column_step, (errors, params), start + jnp.arange(size))
+        xs = (
+            jnp.arange(size),
+            lax.dynamic_slice_in_dim(Wt, start, size, 0),
+            lax.dynamic_slice_in_dim(rows_of_U, start, size, 1).T,
+            lax.dynamic_slice_in_dim(diagonal, start, size, 0),
+            groups_of_block,
+        )
+        errors, out = lax.scan(column_step, jnp.zeros((size, rows), jnp.float32), xs)
         # U is upper triangular: no column before the block changes. Those of the block are not read again.
-        return (Wt - factors.T @ errors, params), out
+        return (Wt - rows_of_U.T @ errors, params), out
 
     starts = jnp.arange(0, columns + padding, size)
     (_, params), out = lax.scan(block_step, (Wt, params), starts)
@@ -187,7 +191,20 @@ def _gptq(
     if act_order:
         codes, losses = (jnp.zeros_like(x).at[order].set(x) for x in (codes, losses))
     scale, zero_point = jax.tree.map(lambda p: p[:, 0].T, params)
-    return qarray.QArray(codes.T, scale.astype(W.dtype), zero_point, how.qtype), losses.T, damping
+    q = qarray.QArray(numerics.narrow(codes.T, how.qtype), scale.astype(W.dtype), zero_point, how.qtype)
+    return q, losses.T, damping
+
+
+def _round(
+    w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize` for the inside of the loop: codes stay in bytes, XLA's CPU is slow with narrower ones."""
+    offset = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
+    codes = numerics.encode(w / scale + offset, qtype)
+    values = numerics.convert_from(codes, qtype)
+    if codes.dtype != numerics.storage_dtype(qtype) and not jnp.issubdtype(numerics.storage_dtype(qtype), jnp.integer):
+        values = numerics.narrow(codes, qtype)
+    return codes, (values.astype(jnp.float32) - offset) * scale
 
 
 def _group_params(columns: jax.Array, how: qarray.HowToQuantize) -> tuple[jax.Array, jax.Array | None]:
@@ -197,12 +214,10 @@ def _group_params(columns: jax.Array, how: qarray.HowToQuantize) -> tuple[jax.Ar
 
 
 def _block_size(size: int, group: int, params_are_final: bool) -> int:
-    """The largest size up to `size` with which a group starts with a block or lies in one."""
-    if params_are_final or size % group == 0:
+    """The largest size up to `size` with which each group starts with a block, and at most one in a block."""
+    if params_are_final:
         return size
-    if group < size:
-        return size - size % group
-    return max(n for n in range(1, size + 1) if group % n == 0)
+    return max(n for n in range(1, min(size, group) + 1) if group % n == 0)
 
 
 def _inverse_factor(H: jax.Array, percdamp: jax.Array) -> tuple[jax.Array, jax.Array]:
