@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from qwix._src import model as qwix_model
 from qwix._src import qconfig
+from qwix._src.core import qarray
 from qwix._src.providers import ptq
 
 FEATURES, HIDDEN = 16, 32
@@ -258,3 +259,19 @@ def test_orbax(mesh, recipe, tmp_path):
     assert_model_sharded(restored, recipe)
     x = inputs(mesh)
     np.testing.assert_array_equal(restored(x), model(x))
+
+
+@pytest.mark.parametrize("size", [4, 12, 24, 2736])
+@pytest.mark.parametrize("method", ["absmax", "minmax", "rms,3"])
+def test_shards_of_any_size(mesh, size, method):
+    how = qarray.HowToQuantize(qtype=jnp.int8, channelwise_axes=(1,), calibration_method=method)
+    x = jax.random.normal(jax.random.key(size), (size, FEATURES))
+    expected = qarray.quantize(x, how)
+    array = qarray.quantize(jax.device_put(x, NamedSharding(mesh, DOWN)), how)
+    assert array.qvalue.sharding.is_equivalent_to(NamedSharding(mesh, DOWN), 2)
+    np.testing.assert_allclose(array.scale, expected.scale, rtol=1e-6)
+    # Where the scale differs in its last bit, a value half-way between two may go either way.
+    difference = np.asarray(array.qvalue, np.int32) - np.asarray(expected.qvalue, np.int32)
+    assert np.abs(difference).max() <= 1
+    compiled = jax.jit(qarray.quantize, static_argnums=1).lower(array.qvalue * 1.0, how).compile()
+    assert gathered(compiled) == []
