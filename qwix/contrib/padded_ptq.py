@@ -223,7 +223,9 @@ def _shapes_of_leaves(
             return False
         for leaf, axis in assignment.items():
             if is_padded[axis]:
-                if stored[leaf] not in (original[axis], padded[axis]) or padded[axis] % scale[leaf]:
+                tile, rest = divmod(padded[axis], scale[leaf])
+                # The last tile has at least one element.
+                if stored[leaf] not in (original[axis], padded[axis]) or rest or tile <= padded[axis] - original[axis]:
                     return False
             elif extra and stored[leaf] != original[axis]:
                 return False
