@@ -134,10 +134,15 @@ def reload_is_equal(directory: pathlib.Path, model: bert.Bert, work: Workload) -
 def facts(work: Workload) -> dict[str, str]:
     """How the numbers came about, for the report."""
     longest = max(batch.input_ids.shape[1] for batch in work.batches)
+    queries, documents = np.split(work.reference, 2)
+    share = evaluation.recall(queries, documents, 1)
+    error = (share * (1 - share) / work.pairs) ** 0.5
     return {
         "Texts": f"{work.pairs} docstrings of the Python standard library: the first sentence is "
         f"the query, the rest the document that it has to find among all {work.pairs}; "
         f"texts are cut to {longest} tokens",
+        "Recall": f"with {work.pairs} queries its standard error is {error:.3f}: smaller differences say "
+        "little, and the cosine to the float embeddings says more",
         "Size": "arrays of the checkpoint on disk; codes of less than a byte are packed",
         "Time": "wall time of embedding all texts over their number, after compilation, in batches of "
         f"{work.batches[0].input_ids.size} tokens; the median batch of a shape stands for all of it",

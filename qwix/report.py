@@ -71,15 +71,11 @@ def write_report(path: pathlib.Path, rows: Sequence[Row], *, title: str, summary
     environment.filters["mb"] = lambda n: f"{n / 1e6:.1f}"
     template = environment.from_string(_TEMPLATE)
     quantized = rows[1:]
-    best = {
-        "cosine_mean": max(row.measures.cosine_mean for row in quantized),
-        "recall_at_1": max(row.measures.recall_at_1 for row in quantized),
-    }
     page = template.render(
         title=title,
         summary=summary,
         rows=rows,
-        best=best,
+        best_cosine=max(row.measures.cosine_mean for row in quantized),
         facts={**facts, **machine()},
         size_plot=_svg(size_plot(rows), "Size against accuracy, one point a recipe"),
         layer_plot=_svg(layer_plot(quantized), "Error of each layer's output for each recipe"),
@@ -119,7 +115,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def size_plot(rows: Sequence[Row]) -> Any:
     """Bits of a quantized weight against distance from the float embeddings."""
-    figure, axes = _figure(7.6, 4.2)
+    figure, axes = _figure(7.6, 4.6)
     points = []
     for row in rows[1:]:
         x = row.bits_per_weight
@@ -130,30 +126,45 @@ def size_plot(rows: Sequence[Row]) -> Any:
     axes.set_xlabel("bits a weight of the linear layers, scales included", color=_INK)
     axes.set_ylabel("1 - mean cosine to the float embeddings", color=_INK)
     axes.grid(color=_GRID, linewidth=0.8, zorder=0)
-    axes.margins(x=0.14, y=0.12)
-    _label(axes, points)
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    axes.set_xlim(min(xs) - 0.4, max(xs) + 1.6)
+    axes.set_ylim(min(ys) / 1.8, max(ys) * 1.8)
+    for x, y, text_x, text_y, name in place_labels(points):
+        line = {"arrowstyle": "-", "color": "#a0aec0", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3}
+        axes.annotate(name, (x, y), (text_x, text_y), ha="left", va="center", size=8.5, color=_INK, arrowprops=line)
     return figure
 
 
-def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside points; of two that would cover each other, one goes to the left."""
-    right: list[tuple[float, float]] = []
-    span = np.ptp([x for x, _, _ in points]) or 1.0
-    for x, y, name in sorted(points):
-        crowded = any(abs(x - a) < 0.25 * span and abs(np.log10(y / b)) < 0.09 for a, b in right)
-        side = -1 if crowded else 1
-        if not crowded:
-            right.append((x, y))
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(7 * side, 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center",
-            fontsize=8.5,
-            color=_INK,
-        )
+def place_labels(
+    points: Sequence[tuple[float, float, str]],
+) -> list[tuple[float, float, float, float, str]]:
+    """Places names to the right of their points, one below the other where points are close.
+
+    Args:
+      points: (x, y, name); y is drawn on a logarithmic axis.
+
+    Returns:
+      (x, y, x of the text, y of the text, name) of each.
+    """
+    clusters: list[list[tuple[float, float, str]]] = []
+    for point in sorted(points):
+        if clusters and point[0] - clusters[-1][-1][0] < 1.5:
+            clusters[-1].append(point)
+        else:
+            clusters.append([point])
+    heights = np.log([y for _, y, _ in points])
+    gap = max((heights.max() - heights.min()) / 18, 0.05)
+    placed = []
+    for cluster in clusters:
+        ordered = sorted(cluster, key=lambda point: (point[1], point[0]))
+        at = np.log([y for _, y, _ in ordered])
+        text = at.copy()
+        for i in range(1, len(text)):
+            text[i] = max(text[i], text[i - 1] + gap)
+        text -= (text - at).mean()  # Spread both ways, not only upwards.
+        right = max(x for x, _, _ in cluster) + 0.25
+        placed += [(x, y, right, float(np.exp(t)), n) for (x, y, n), t in zip(ordered, text, strict=True)]
+    return placed
 
 
 def layer_plot(rows: Sequence[Row]) -> Any:
@@ -235,6 +246,7 @@ tabular-nums; } th, td { padding: .42rem .6rem; text-align: right; border-bottom
 #e2e8f0; white-space: nowrap; } th { font-weight: 600; color: #4a5568; border-bottom: 2px solid
 #cbd5e0; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left:
 0; } td:first-child { font-weight: 600; }
+.text { text-align: left; }
 td small { display: block; font-weight: 400; color: #718096; white-space: normal; min-width: 13rem;
 } tr.float td { background: #f7fafc; }
 .best { color: #22704a; font-weight: 600; }
@@ -247,8 +259,8 @@ dt { color: #718096; } dd { margin: 0; }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>{{ summary }} All measures compare with the float model on the same texts; the best of the
-quantized ones is green.</p>
+<p>{{ summary }} All measures compare with the float model on the same texts; the nearest
+to it is green.</p>
 <div class="scroll"><table>
 <thead><tr>
 <th>Recipe</th><th>On disk<br>MB</th><th>Times<br>smaller</th><th>Bits a<br>weight</th>
@@ -263,11 +275,10 @@ quantized ones is green.</p>
 <td>{{ row.disk_bytes|mb }}</td>
 <td>{{ "%.2f"|format(rows[0].disk_bytes / row.disk_bytes) }}×</td>
 <td>{{ "%.2f"|format(row.bits_per_weight) }}</td>
-<td{% if not loop.first and m.cosine_mean == best.cosine_mean %} class="best"{% endif %}>
+<td{% if not loop.first and m.cosine_mean == best_cosine %} class="best"{% endif %}>
 {{- "%.5f"|format(m.cosine_mean) }}</td>
 <td>{{ "%.5f"|format(m.cosine_worst) }}</td>
-<td{% if not loop.first and m.recall_at_1 == best.recall_at_1 %} class="best"{% endif %}>
-{{- "%.3f"|format(m.recall_at_1) }}</td>
+<td>{{ "%.3f"|format(m.recall_at_1) }}</td>
 <td>{{ "%.3f"|format(m.recall_at_10) }}</td>
 <td>{{ "%.2f"|format(m.ms_per_text) }}</td>
 </tr>
@@ -290,10 +301,10 @@ ones.</p> {{ layer_plot }}
 median. Methods that look at activations, such as AWQ, trade a larger error here for a smaller one
 above.</p> {{ weight_plot }}
 <div class="scroll"><table>
-<thead><tr><th>Recipe</th><th>Weight that lost most</th><th>Its error</th></tr></thead>
+<thead><tr><th>Recipe</th><th class="text">Weight that lost most</th><th>Its error</th></tr></thead>
 <tbody>
 {% for name, path, error in weights %}
-<tr><td>{{ name }}</td><td>{{ path }}</td><td>{{ "%.2f"|format(error * 100) }} %</td></tr>
+<tr><td>{{ name }}</td><td class="text">{{ path }}</td><td>{{ "%.2f"|format(error * 100) }} %</td></tr>
 {% endfor %}
 </tbody></table></div>
 

@@ -232,3 +232,33 @@ def test_a_checkpoint_gives_the_same_outputs(tiny_bert, tmp_path, name):
     restored = quantized.load(tmp_path)
     np.testing.assert_array_equal(restored(ids, mask), model(ids, mask))
     assert (tmp_path / "tokenizer.json").read_bytes() == (tiny_bert / "tokenizer.json").read_bytes()
+
+
+def test_weight_only_is_the_float_model_with_rounded_weights(tiny_bert):
+    """Against NumPy: symmetric, scales of absmax / 7.5 (int4) and absmax / 127.5 (int8 tables)."""
+
+    def weights(model):
+        """(variable, its value in groups that share a scale along axis 1, largest code) of each."""
+        for _, module in nnx.iter_graph(model):
+            if isinstance(module, nnx.Linear):
+                w = np.array(module.kernel[...], np.float64)
+                yield module.kernel, w.reshape(-1, 32, w.shape[1]), 7
+            elif isinstance(module, nnx.Embed):
+                yield module.embedding, np.array(module.embedding[...], np.float64), 127
+
+    def put(variable, value):
+        variable[...] = jnp.asarray(value.reshape(variable.shape), jnp.float32)
+
+    model, rounded = bert.load(tiny_bert), bert.load(tiny_bert)
+    for (variable, w, _), (other, _, _) in zip(weights(model), weights(rounded), strict=True):
+        # -absmax is a tie between two codes, which float32 and float64 break differently.
+        flipped = np.where(w == -np.abs(w).max(axis=1, keepdims=True), -w, w)
+        put(variable, flipped)
+        put(other, flipped)
+    for variable, w, top in weights(rounded):
+        scale = np.abs(w).max(axis=1, keepdims=True) / (top + 0.5)
+        put(variable, np.clip(np.round(w / scale), -top - 1, top) * scale)
+    ids, mask = jnp.array([[2, 5, 7, 3], [2, 9, 3, 0]]), jnp.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    result, _ = recipes.apply_recipe(model, "int4-g32", ids, mask)
+    np.testing.assert_allclose(result(ids, mask), rounded(ids, mask), atol=2e-6)
+    assert np.abs(result(ids, mask) - model(ids, mask)).max() > 1e-3
