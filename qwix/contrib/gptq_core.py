@@ -195,9 +195,7 @@ def _gptq(
     return q, losses.T, damping
 
 
-def _round(
-    w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _round(w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """`quantize` for the inside of the loop: codes stay in bytes, XLA's CPU is slow with narrower ones."""
     offset = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
     codes = numerics.encode(w / scale + offset, qtype)
