@@ -1,8 +1,8 @@
 """How much memory does `quantize_params` need on an NNX model?
 
-Peak resident memory while the parameters of a stack of linear layers are quantized, beyond the float model that is there
-before, against the bound: the quantized model as JAX holds it, and twice the largest tensor. Each format runs in a process
-of its own. (JAX holds formats under 8 bits one element a byte on the CPU.)
+Peak resident memory while the parameters of a stack of linear layers are quantized, beyond the float model that is
+there before, against the bound: the quantized model as JAX holds it, and twice the largest tensor. Each format runs in
+a process of its own. (JAX holds formats under 8 bits one element a byte on the CPU.)
 
     python benchmarks/memory.py [--json FILE]
 """

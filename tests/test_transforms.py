@@ -1,4 +1,4 @@
-"""Weights that go through the arguments of JAX's transforms inside a model, and operands that only look like weights."""
+"""Weights that go through the arguments of JAX's transforms inside a model, and operands that only look like some."""
 
 import functools
 import warnings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -95,19 +95,23 @@ def quantize_nnx_model(
     wrapped = {call_method: _intercepted(getattr(type(model), call_method), provider, call_method)}
     model = nnx.clone(model)  # its variables as well: nnx.merge(*nnx.split(model)) would share them
     model.__class__ = _subclass(type(model), wrapped, provider)
-    for path, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Module):
-            module.qwix_path = path
-            module.disable_quant_stats_update = False
-            module.qwix_rngs = None
+    for path, module in _modules(model):
+        module.qwix_path = path
+        module.disable_quant_stats_update = False
+        module.qwix_rngs = None
     if skip_init:
         return model
     if not model_inputs and not model_inputs_kwargs and _has_required_inputs(model, call_method):
         raise ValueError(
-            "model inputs are needed to quantize an NNX model, as in quantize_model(model, provider, x): they tell which "
-            "ops there are"
+            "model inputs are needed to quantize an NNX model, as in quantize_model(model, provider, x): they tell "
+            "which ops there are"
         )
     return _first_run(model, call_method, model_inputs, model_inputs_kwargs)
+
+
+def _modules(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(path, module) of each module of a model, itself included."""
+    return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
 
 
 def _has_required_inputs(model: nnx.Module, method: str) -> bool:
@@ -143,12 +147,14 @@ def _intercepted(
 
     run = method
     for i, get_interceptor in enumerate(reversed(provider.get_interceptors())):
-        innermost = i == 0
+        around: dict[str, Any] = {}
+        if i == 0:  # the innermost
+            around = {"input_transform": input_transform, "output_transform": output_transform}
         run = interception.wrap_func_intercepted(
             run,
             get_interceptor,
             disable_jit=provider.disable_jit,
-            **({"input_transform": input_transform, "output_transform": output_transform} if innermost else {}),
+            **around,
         )
 
     # Not functools.wraps: Linen would take the copied marks of @nn.compact for a compact method of the subclass.
@@ -202,7 +208,7 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
     the model's own computation only what new variables depend on (static scales, LoRA initializers) is ever run.
     """
     rngs = kwargs.get("rngs")
-    modules = [m for _, m in nnx.iter_graph(model) if isinstance(m, nnx.Module)]
+    modules = [module for _, module in _modules(model)]
     for module in modules:
         module.disable_quant_stats_update = True
         module.qwix_rngs = None
@@ -221,17 +227,15 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
             kwargs["rngs"] = rngs
             if "rngs" not in inspect.signature(getattr(model, method)).parameters:
                 del kwargs["rngs"]
-            for _, module in nnx.iter_graph(model):
-                if isinstance(module, nnx.Module):
-                    module.qwix_rngs = nnx.data(rngs)
+            for _, module in _modules(model):
+                module.qwix_rngs = nnx.data(rngs)
         with provenance.session() as book:
             book.keep_replacements = book.initializing = True
             getattr(model, method)(*args, **kwargs)
             book_of["replacements"] = dict(book.replacements)
-        for _, module in nnx.iter_graph(model):
-            if isinstance(module, nnx.Module):
-                module.qwix_rngs = None
-                module.disable_quant_stats_update = False
+        for _, module in _modules(model):
+            module.qwix_rngs = None
+            module.disable_quant_stats_update = False
         book_of["graphdef"], state = nnx.split(model)
         return dict(nnx.to_flat_state(state))
 

@@ -214,8 +214,8 @@ class QuantizationProvider:
             self._record(op_id, note=note)
             path = "/".join(map(str, flax_util.get_current_module_path()))
             warnings.warn(
-                f"{path or 'the root module'}, {op_id}: its rule quantizes weights, but it has none. Its {note}, so that "
-                "it counts as an activation. Make one parameter of what the op uses (merge the parameters before "
+                f"{path or 'the root module'}, {op_id}: its rule quantizes weights, but it has none. Its {note}, so "
+                "that it counts as an activation. Make one parameter of what the op uses (merge the parameters before "
                 "quantizing), or give the op a rule without weight_qtype.",
                 QuantizationWarning,
                 stacklevel=2,

@@ -184,7 +184,7 @@ def _custom_derivative(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(map(_of_parameters, jax.tree.leaves((args, kwargs)))):
             fun = _calling(self.fun, lambda *inner, **inner_kwargs: _enter((args, kwargs), (inner, inner_kwargs)))
-            copy = type(self).__new__(type(self), fun)
+            copy: Any = type(self).__new__(type(self), fun)
             for attribute, value in vars(self).items():
                 setattr(copy, attribute, value)
             copy.fun = fun
