@@ -287,7 +287,9 @@ def _nnx_owner(weight: provenance.ParamRef) -> nnx.Module:
 
 
 def _path_of(module: Any) -> tuple[str, ...] | None:
-    path = getattr(module, "qwix_path", None) if isinstance(module, nnx.Module) else None
+    # An item of a list has no name to put that of its statistics next to.
+    has_names = isinstance(module, nnx.Module) and not isinstance(module, nnx.List)
+    path = getattr(module, "qwix_path", None) if has_names else None
     return None if path is None else tuple(map(str, path))
 
 
