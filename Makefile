@@ -27,7 +27,7 @@ test: $(VENV)/.dev
 
 # One file's examples share their names, so they stay on one worker.
 doctest: $(VENV)/.dev
-	$(BIN)/pytest --doctest-modules -n $(JOBS) --dist loadfile qwix README.md $(wildcard docs)
+	$(BIN)/pytest --doctest-modules -n $(JOBS) --dist loadfile qwix README.md docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
