@@ -216,9 +216,7 @@ def test_asymmetric_bounds():
             numerics.get_asymmetric_bound(qtype)
 
 
-@pytest.mark.parametrize(
-    "qtype", [jnp.int32, jnp.bfloat16, jnp.float32, jnp.bool_, jnp.float8_e8m0fnu, "int1"]
-)
+@pytest.mark.parametrize("qtype", [jnp.int32, jnp.bfloat16, jnp.float32, jnp.bool_, jnp.float8_e8m0fnu, "int1"])
 def test_dtypes_that_are_no_quantized_format(qtype):
     with pytest.raises(ValueError, match="Cannot quantize to"):
         numerics.get_symmetric_bound(qtype)

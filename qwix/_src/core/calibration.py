@@ -195,15 +195,23 @@ def _compute_scale_zero_point(calibration: Mapping[str, jax.Array], qtype: Any) 
     if "absmax" in calibration:
         bound = numerics.get_symmetric_bound(qtype)
         if qtype in _MXFP_FULL_SCALE:
-            scale = _floor_to_power_of_two(high / _MXFP_FULL_SCALE[qtype])
+            scale = _floor_quotient_to_power_of_two(high, _MXFP_FULL_SCALE[qtype])
         elif qtype == "nvfp4":
-            scale = _round_to_e4m3(high / bound)
+            scale = _round_to_e4m3(_divide(high, bound))
         else:
-            scale = high / bound
+            scale = _divide(high, bound)
         return _storable_scale(scale, dtype), None
     qmin, qmax = numerics.get_asymmetric_bound(qtype)
-    scale = _storable_scale((high - low) / (qmax - qmin), dtype)
+    scale = _storable_scale(_divide(high - low, qmax - qmin), dtype)
     return scale, numerics.convert_to(qmin - low / scale.astype(low.dtype), qtype)
+
+
+def _divide(x: jax.Array, constant: float) -> jax.Array:
+    """x / constant, correctly rounded, so that scales are the same bits wherever they are computed.
+
+    XLA (jaxlib 0.10.2) multiplies by the rounded 1 / constant instead if it sees a constant.
+    """
+    return x / jnp.where(jnp.isfinite(x), constant, 1)
 
 
 def _storable_scale(scale: jax.Array, dtype: Any) -> jax.Array:
@@ -220,13 +228,16 @@ def cast_above_zero(scale: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where((cast == 0) & (scale != 0), smallest, cast)
 
 
-def _floor_to_power_of_two(x: jax.Array) -> jax.Array:
-    """The largest power of two up to x > 0; 0, inf and NaN stay as they are."""
+def _floor_quotient_to_power_of_two(x: jax.Array, unit: float) -> jax.Array:
+    """The largest power of two up to x / unit, for x > 0; 0, inf and NaN stay as they are."""
     bits = jnp.finfo(x.dtype).bits
     uint = np.dtype(f"uint{bits}")
     exponent = uint.type((1 << bits) - (1 << jnp.finfo(x.dtype).nmant))
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, uint) & exponent, x.dtype)
-    return jnp.where(jnp.isfinite(x), power, x)
+    # With unit = u 2^k, 1 <= u < 2, only comparisons and exact multiplications.
+    k = math.floor(math.log2(unit))
+    quotient = jnp.where(x >= power * (unit / 2**k), power, power / 2) * 0.5**k
+    return jnp.where(jnp.isfinite(x), quotient, x)
 
 
 def _round_to_e4m3(x: jax.Array) -> jax.Array:

@@ -60,7 +60,8 @@ __all__ = [
     "validate_qarray",
 ]
 
-# Multiply by 1 / scale instead of dividing: faster on some hardware, and up to one step off.
+# Multiply by 1 / scale instead of dividing: faster on some hardware, and up to one step off. XLA
+# (jaxlib 0.10.2) does that by itself on the CPU where a scale is shared by several elements.
 USE_RECIPROCAL_FOR_QUANTIZATION = False
 
 

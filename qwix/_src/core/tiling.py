@@ -253,7 +253,8 @@ def reshaped_scale_shape(shape: Sequence[int], shared: Sequence[int], target: Se
 
 
 def expand_index(idx: Any, shape: Sequence[int]) -> tuple:
-    """An index with one entry for each axis, without Ellipsis, masks and lists (Nones stay).
+    """An index with one entry for each axis, without masks and lists. Nones stay, and so does an
+    Ellipsis for no axis, as index arrays on both sides of it are not adjacent ones.
 
     >>> expand_index((..., None, 0), (2, 3))
     (slice(None, None, None), None, 0)
@@ -272,7 +273,9 @@ def expand_index(idx: Any, shape: Sequence[int]) -> tuple:
     if used > len(shape) or len(ellipses) > 1:
         raise IndexError(f"Too many indices for an array of shape {tuple(shape)}: {idx}.")
     where = ellipses[0] if ellipses else len(entries)
-    fill = [slice(None)] * (len(shape) - used)
+    fill: list = [slice(None)] * (len(shape) - used)
+    if ellipses and not fill:
+        fill = [Ellipsis]
     return tuple(entries[:where] + fill + entries[where + 1 :])
 
 
@@ -285,8 +288,8 @@ def take_shared(leaf: jax.Array, idx: tuple, shape: Sequence[int]) -> jax.Array:
     new_idx: list = []
     axis = 0
     for entry in idx:
-        if entry is None:
-            new_idx.append(None)
+        if entry is None or entry is Ellipsis:
+            new_idx.append(entry)
             continue
         size, count = shape[axis], leaf.shape[axis]
         tile = size // count if count else 1
