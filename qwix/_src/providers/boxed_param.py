@@ -259,7 +259,7 @@ def _shard_alike(value: Any, leaf: Any) -> Any:
         return leaf
     spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
     fitting = flax_util.update_sharding(jax.P(*spec), shape=leaf.shape, mesh=sharding.mesh)
-    return jax.device_put(leaf, jax.sharding.NamedSharding(sharding.mesh, fitting))
+    return jax.device_put(leaf, jax.sharding.NamedSharding(sharding.mesh, jax.P(*fitting)))
 
 
 def _granularity(shape: Sequence[int], how: qarray.HowToQuantize) -> tuple[int | None, ...]:
@@ -431,9 +431,11 @@ def _named(path: str, op_id: str | None):
     try:
         yield
     except ValueError as e:
-        if path and path in str(e):
+        if path and str(e).startswith(path):
             raise
-        raise ValueError(f"{path or 'the root module'}, {op_id}: {e}") from e
+        use = " Use another tile_size, or qwix.contrib.padded_ptq.PaddedPtqProvider."
+        hint = use if "be tiled by" in str(e) else ""
+        raise ValueError(f"{path or 'the root module'}, {op_id}: {e}{hint}") from e
 
 
 def _format(operand: Any) -> str:
@@ -767,7 +769,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     def nn_param(self, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """`flax.linen.Module.param` that knows quantized parameters, and remembers what it hands out."""
         if module.has_variable("params", name):
-            stored = module.get_variable("params", name)
+            stored: Any = module.get_variable("params", name)
             if isinstance(flax_util.unbox(stored), WithAux):
                 return flax_util.unbox(stored) if kwargs.get("unbox", True) else stored
         return qconfig.nn_param(module, name, *args, **kwargs)

@@ -27,8 +27,8 @@ quantize_act = boxed_param.quantize_act
 class PtqProvider(boxed_param.BoxedParamProvider):
     """Post-training quantization: weights are quantized once, activations in each call.
 
-    A rule with only `weight_qtype` is weight-only quantization; with `act_qtype` as well the op runs on quantized operands,
-    with ranges computed in each call (dynamic) or taken from statistics (`act_static_scale`).
+    A rule with only `weight_qtype` is weight-only quantization; with `act_qtype` as well the op runs on quantized
+    operands, with ranges computed in each call (dynamic) or taken from statistics (`act_static_scale`).
 
     >>> import jax.numpy as jnp, qwix
     >>> from flax import nnx
@@ -56,19 +56,19 @@ def quantize_params(
     Args:
       params: pure nested dict of float arrays, maybe a subtree of the model's: `nn.unbox(variables['params'])` in
         Linen, `nnx.to_pure_dict(nnx.state(model, nnx.Param))` in NNX.
-      abstract_quantized_params: what `jax.eval_shape(quantized_model.init, ...)['params']` gives in Linen; the quantized
-        model itself in NNX, maybe abstract.
+      abstract_quantized_params: what `jax.eval_shape(quantized_model.init, ...)['params']` gives in Linen; the
+        quantized model itself in NNX, maybe abstract.
       quant_stats: pure nested dict of the statistics of static-range activations: {count, sum_of_absmax}, or {count,
         sum_of_min, sum_of_max}, at '<module>/<op id>_lhs'.
       allow_extra_params: leave parameters that the quantized model does not have as they are.
 
     Returns:
-      The tree with quantized leaves. Linen: `WithAux` of unboxed arrays. NNX: the nested dict that `nnx.update(model, ...)`
-      takes.
+      The tree with quantized leaves. Linen: `WithAux` of unboxed arrays. NNX: the nested dict that `nnx.update(model,
+      ...)` takes.
 
     Raises:
-      ValueError: for a path that the quantized model does not have, a parameter of the wrong size, or a statistic with a
-        count of zero.
+      ValueError: for a path that the quantized model does not have, a parameter of the wrong size, or a statistic with
+        a count of zero.
 
     >>> import jax.numpy as jnp, qwix
     >>> from flax import nnx
@@ -87,13 +87,15 @@ def quantize_params(
         if target is None:
             if not allow_extra_params:
                 raise ValueError(
-                    f"{where} is not found in the abstract_quantized_params: it is no parameter of the quantized model. "
-                    "Pass allow_extra_params=True to keep such parameters as they are."
+                    f"{where} is not found in the abstract_quantized_params: it is no parameter of the quantized "
+                    "model. Pass allow_extra_params=True to keep such parameters as they are."
                 )
             result[path] = value
         elif isinstance(target, WithAux) and isinstance(target.array, qarray.QArray):
             result[path] = quantize_like(value, target, where, _qarray_module)
         else:
+            if getattr(target, "shape", value.shape) != value.shape:
+                raise ValueError(f"{where} has shape {value.shape}, the quantized model wants {target.shape}")
             result[path] = value
     for path, scale, zero_point in static_scales(quant_stats, template):
         result[(*path[:-1], f"{path[-1]}_scale")] = scale
@@ -117,8 +119,8 @@ def quantize_like(value: Any, target: WithAux, where: str, qarray_module: Any = 
 def how_of(target: WithAux) -> qarray.HowToQuantize:
     """How a quantized parameter was quantized, in terms of its stored axes.
 
-    The granularity is read off the scale's shape: under Linen's lifted transforms `how` was written down for the slice that
-    the op saw, without the stacked axes.
+    The granularity is read off the scale's shape: under Linen's lifted transforms `how` was written down for the slice
+    that the op saw, without the stacked axes.
     """
     tiles = list(enumerate(zip(target.array.shape, target.array.scale_tile_shape, strict=True)))
     return dataclasses.replace(
@@ -139,8 +141,8 @@ def static_scales(
             continue
         if not isinstance(stat["count"], jax.core.Tracer) and int(stat["count"]) == 0:
             raise ValueError(
-                f"quant_stats is not initialized for {where}: its count is 0. Run the calibration or QAT model with the "
-                "collection 'quant_stats' mutable first."
+                f"quant_stats is not initialized for {where}: its count is 0. Run the calibration or QAT model with "
+                "the collection 'quant_stats' mutable first."
             )
         calibration = averaging.SimpleMovingAverage().get_calibration(stat)
         scale, zero_point = qarray.compute_scale_zero_point(calibration, target.how.qtype)

@@ -1,15 +1,16 @@
 """The one place that knows how Linen and NNX modules hold their parameters.
 
-The same calls work inside a Linen and inside an NNX module: which module is running, which of its parameters an array is,
-and how a parameter or a statistic is created next to it.
+The same calls work inside a Linen and inside an NNX module: which module is running, which of its parameters an array
+is, and how a parameter or a statistic is created next to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import functools
+import math
 import sys
+import types
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -47,13 +48,13 @@ def get_current_module() -> nn.Module | nnx.Module:
 
 def _current_linen_module() -> nn.Module | None:
     # flax 0.10 to 0.12 have no public way to ask; this module-level context is what nn.Module uses itself.
-    stack = nn.module._context.module_stack  # type: ignore[attr-defined]
+    stack = nn.module._context.module_stack
     return stack[-1]
 
 
 def _nnx_modules_on_stack():
     """NNX modules whose methods are running, innermost first."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     seen = None
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("self",):
@@ -136,20 +137,22 @@ def _track_nnx_params(module: nnx.Module, seen: dict[int, Any]) -> None:
             provenance.track(value, provenance.ParamRef(None, (*root, *path), value))
 
 
-@functools.cache
-def _kind(cls: type) -> str:
+def _kind_of_type(cls: type) -> str:
     # Once a type: `isinstance` of NNX's classes is slow, and this sees every attribute of every module.
     if issubclass(cls, nnx.Variable):
-        return "variable"
-    if issubclass(cls, nnx.Module):
+        return "variable" if issubclass(cls, nnx.Param) else ""  # a cache or a statistic is no weight
+    if issubclass(cls, nnx.Pytree):  # nnx.Module is one, a class of the user's may be another
         return "module"
     if issubclass(cls, (nnx.Dict, dict)):
         return "mapping"
     return "sequence" if issubclass(cls, (nnx.List, list, tuple)) else ""
 
 
+_kind: Callable[[type], str] = functools.cache(_kind_of_type)
+
+
 def _walk_variables(node: Any, path: tuple[str | int, ...], seen: dict[int, Any]):
-    """(path, variable) of the variables below an NNX module, each once; those of array structures are left out."""
+    """(path, parameter) of the parameters below an NNX module, each once; those of array structures are left out."""
     kind = _kind(type(node))
     if kind == "variable":
         yield path, node
@@ -207,7 +210,7 @@ def find_param(x: Any, ptq_array_type: type | None = None) -> str | None:
         value = unbox(value)
         if not isinstance(value, (jax.Array, ptq_array_type or jax.Array)):
             continue
-        if value.shape == x.shape:
+        if getattr(value, "shape", None) == x.shape:
             candidates.append(name)
         if ptq_array_type is not None and isinstance(x, ptq_array_type):
             if getattr(value, "array", value) is getattr(x, "array", x):
@@ -252,7 +255,7 @@ def get_or_create_param(
       need_rng: give `init_fn` a key of the stream 'params'.
 
     Raises:
-      ValueError: if the parameter is there with another shape.
+      ValueError: if the parameter is there with another shape, or cannot be created here.
     """
     module = get_current_module()
     if isinstance(module, nn.Module):
@@ -263,7 +266,15 @@ def get_or_create_param(
         value = init_fn(make_rng("params")) if need_rng else init_fn()
         wrap = lambda leaf: leaf if isinstance(leaf, nnx.Variable) else nnx_param_type(leaf)  # noqa: E731
         is_leaf = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-        setattr(module, name, jax.tree.map(wrap, value, is_leaf=is_leaf))
+        try:
+            setattr(module, name, jax.tree.map(wrap, value, is_leaf=is_leaf))
+        except flax.errors.TraceContextError as e:
+            where = "/".join(map(str, (*module_path(module), name)))
+            raise ValueError(
+                f"{where} cannot be created inside of a jitted function (or another transform of JAX) that the model "
+                "calls, because nothing may leave it: use dynamic ranges (act_static_scale=False) there, call the "
+                "function without jit, or use NNX's transforms"
+            ) from e
     elif not need_rng:
         _check_shape(getattr(module, name), init_fn, name)
     return unbox(getattr(module, name))
@@ -300,7 +311,7 @@ def get_and_delete_variable(collection: str, name: str) -> Any | None:
     if isinstance(module, nn.Module):
         if not module.has_variable(collection, name):
             return None
-        value = module.get_variable(collection, name)
+        value: Any = module.get_variable(collection, name)
         if module.is_mutable_collection(collection):
             module.scope._mutable_collection(collection).pop(name)  # type: ignore[union-attr]
         return value
@@ -430,8 +441,8 @@ def update_boxed(
       split, merge, transpose: what happened to the axes.
     """
     new_value = unbox(boxed) if value is None else value
-    change = {"shape": new_value.shape, "split": split, "merge": merge, "transpose": transpose}
-    sharding = getattr(new_value, "sharding", None)
+    change: dict[str, Any] = {"shape": new_value.shape, "split": split, "merge": merge, "transpose": transpose}
+    sharding: Any = getattr(new_value, "sharding", None)
     on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
     change["mesh"] = sharding.mesh if on_mesh else jax.sharding.get_abstract_mesh()
     if isinstance(boxed, nnx.Variable):
