@@ -145,7 +145,7 @@ def facts(work: Workload) -> dict[str, str]:
         "little, and the cosine to the float embeddings says more",
         "Size": "arrays of the checkpoint on disk; codes of less than a byte are packed",
         "Time": "wall time of embedding all texts over their number, after compilation, in batches of "
-        f"{work.batches[0].input_ids.size} tokens; the median batch of a shape stands for all of it",
+        f"{work.batches[0].input_ids.size} tokens; the quickest batch of a shape stands for all of it",
     }
 
 
