@@ -1,7 +1,7 @@
 """How fast are `quantize` and `dequantize` of a 4096 x 4096 float32 array?
 
-First call (with compilation) and the median of later ones, for each format. `--original PYTHON` runs the same with another
-interpreter, in whose environment another implementation is installed, turn by turn, and prints the ratio.
+First call (with compilation) and the median of later ones, for each format. `--original PYTHON` runs the same with
+another interpreter, in whose environment another implementation is installed, turn by turn, and prints the ratio.
 
     python benchmarks/quantize.py [--size N] [--original PYTHON] [--json FILE]
 """

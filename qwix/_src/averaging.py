@@ -38,18 +38,13 @@ class SimpleMovingAverage:
             _SUM + key: jnp.zeros(value.shape, jnp.float32) for key, value in calibration.items()
         }
 
-    def update(
-        self, quant_stat: Mapping[str, jax.Array], calibration: Mapping[str, jax.Array]
-    ) -> dict[str, jax.Array]:
+    def update(self, quant_stat: Mapping[str, jax.Array], calibration: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The statistic with one more calibration in it; ValueError if the keys differ."""
         expected = {key.removeprefix(_SUM) for key in quant_stat if key != "count"}
         if expected != set(calibration):
-            raise ValueError(
-                f"a statistic of {sorted(expected)} cannot take a calibration of {sorted(calibration)}"
-            )
+            raise ValueError(f"a statistic of {sorted(expected)} cannot take a calibration of {sorted(calibration)}")
         return {"count": quant_stat["count"] + 1} | {
-            _SUM + key: quant_stat[_SUM + key] + value.astype(jnp.float32)
-            for key, value in calibration.items()
+            _SUM + key: quant_stat[_SUM + key] + value.astype(jnp.float32) for key, value in calibration.items()
         }
 
     def get_calibration(
@@ -62,11 +57,7 @@ class SimpleMovingAverage:
         A count of zero without a default gives NaN: there is nothing to average.
         """
         count = quant_stat["count"]
-        average = {
-            key.removeprefix(_SUM): value / count
-            for key, value in quant_stat.items()
-            if key != "count"
-        }
+        average = {key.removeprefix(_SUM): value / count for key, value in quant_stat.items() if key != "count"}
         if default_calibration is None:
             return average
         return {

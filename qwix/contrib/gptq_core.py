@@ -4,16 +4,18 @@ With a layer y = W x and inputs X (one column a sample), it minimizes the error 
 
     ||(W - Q) X||_F^2 = tr((W - Q) H (W - Q)^T),        H = X X^T        (section 2, eq. 1)
 
-greedily, one column after the other: quantize column j, and change the columns not yet quantized so that they make up for it,
+greedily, one column after the other: quantize column j, and change the columns not yet quantized so that they make up
+for it,
 
     e_j = (w_j - q_j) / U_jj,        W_{:,k} -= e_j U_jk   for k > j     (section 3, eq. 2 with step 3)
 
-where U is the upper Cholesky factor of H^-1 = U^T U. As in section 3, step 2, columns go in blocks: inside of a block each column
-catches up with the block's earlier ones just before its turn, and after a block one matmul updates the rest.
+where U is the upper Cholesky factor of H^-1 = U^T U. As in section 3, step 2, columns go in blocks: inside of a block
+each column catches up with the block's earlier ones just before its turn, and after a block one matmul updates the
+rest.
 
-Two things are different from the paper's algorithm, and change no result beyond rounding. U is found without inverting H: with J
-the reversal of the order, J H J = L L^T gives U = (J L J)^-1, one Cholesky factorization and one triangular inverse. And a
-group's scale is always computed from its columns as they are when its first column's turn comes.
+Two things are different from the paper's algorithm, and change no result beyond rounding. U is found without inverting
+H: with J the reversal of the order, J H J = L L^T gives U = (J L J)^-1, one Cholesky factorization and one triangular
+inverse. And a group's scale is always computed from its columns as they are when its first column's turn comes.
 """
 
 from __future__ import annotations
@@ -84,14 +86,14 @@ def quantize_weight(
 
     Args:
       W: (rows = out_features, columns = in_features).
-      H: (columns, columns), X X^T up to a factor; see `compute_hessian`. A column whose diagonal is 0 is dead: no input ever
-        used it, and its weights become 0.
+      H: (columns, columns), X X^T up to a factor; see `compute_hessian`. A column whose diagonal is 0 is dead: no input
+        ever used it, and its weights become 0.
       how: channelwise on axis 0 or not, tiled on axis 1 or not; any format and calibration method.
       blocksize: columns between two updates of the whole matrix; changes speed only.
-      percdamp: share of H's mean diagonal that is added to the diagonal. Where that leaves H without a Cholesky factor it is
-        multiplied by ten until there is one, and a warning says so.
-      act_order: quantize the columns in order of falling diagonal. Group scales then come from the unchanged W, since a group's
-        columns are no longer neighbours in time; they stay neighbours in the result.
+      percdamp: share of H's mean diagonal that is added to the diagonal. Where that leaves H without a Cholesky factor
+        it is multiplied by ten until there is one, and a warning says so.
+      act_order: quantize the columns in order of falling diagonal. Group scales then come from the unchanged W, since a
+        group's columns are no longer neighbours in time; they stay neighbours in the result.
 
     Returns:
       The QArray (rows, columns), and the loss of each element, ((w - q) / U_jj)^2, whose sum is
@@ -113,8 +115,8 @@ def quantize_weight(
     q, losses, damping = _gptq(W, H, jnp.float32(percdamp), how, blocksize, act_order)
     if not isinstance(damping, jax.core.Tracer) and damping > percdamp * 1.5:
         warnings.warn(
-            f"H has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other calibration "
-            "samples make it better conditioned.",
+            f"H has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other "
+            "calibration samples make it better conditioned.",
             stacklevel=2,
         )
     return q, losses
