@@ -247,7 +247,8 @@ def _is_rule_of_jax(caller: types.FrameType, function: Any) -> bool:
 
     Such a call is no op of a model. The rules of jax 0.9 and 0.10 are private functions beside the public one.
     """
-    return caller.f_globals is function.__globals__ and caller.f_code.co_name.startswith("_")
+    name = caller.f_code.co_name
+    return caller.f_globals is function.__globals__ and (name.startswith("_") or name == "dot_general")  # calls dot
 
 
 def _holders_of(value: Any) -> list[tuple[types.ModuleType, str]]:

@@ -1,7 +1,8 @@
 """Which parameter an array is: by what it is, not by its shape.
 
-While a quantized model runs, this module remembers the very array that each parameter handed out, and follows it through
-casts, reshapes, transposes, sharding constraints, static indexing and concatenation, in eager code and under any trace::
+While a quantized model runs, this module remembers the very array that each parameter handed out, and follows it
+through casts, reshapes, transposes, sharding constraints, static indexing and concatenation, in eager code and under
+any trace::
 
     kernel = self.kernel[...]                     # handed out: ref = (this module, 'kernel', no views)
     jnp.dot(x, kernel.T.astype(jnp.bfloat16))     # found:      ref = (this module, 'kernel', (transpose (1, 0),))
@@ -42,8 +43,8 @@ class View:
     """One step from a stored parameter to the array that an op sees.
 
     Attributes:
-      kind: 'transpose' (arg: permutation), 'reshape' (arg: new shape), 'index' (arg: a tuple of slices and ints, one an
-        axis) or 'map' (arg: the axis that `vmap` took away).
+      kind: 'transpose' (arg: permutation), 'reshape' (arg: new shape), 'unit' (arg: new shape; axes of size 1 come or
+        go), 'index' (arg: a tuple of slices and ints, one an axis) or 'map' (arg: the axis that `vmap` took away).
       arg: see `kind`.
       in_shape: shape before the step.
     """
@@ -69,14 +70,17 @@ class View:
             return tuple(result)
         if self.kind == "index":
             remaining = iter(granularity)
-            return tuple(1 if isinstance(i, int) else next(remaining) for i in self.arg)
+            kept = [1 if isinstance(i, int) else next(remaining) for i in self.arg]
+            # x[2] is a slice of one and a reshape: one element can have a scale of its own.
+            entries = zip(self.arg, self.in_shape, kept, strict=True)
+            return tuple(1 if isinstance(i, int) or len(range(n)[i]) == 1 else tile for i, n, tile in entries)
         return _pull_reshape(granularity, self.arg, self.in_shape)
 
     def apply(self, array: Any) -> Any:
         """The step on an array or QArray."""
         if self.kind == "transpose":
             return array.transpose(*self.arg)
-        if self.kind == "reshape":
+        if self.kind in ("reshape", "unit"):
             return array.reshape(*self.arg)
         if self.kind == "index":
             return qarray.rewriting_take(array, self.arg)
@@ -315,10 +319,10 @@ def _inner(tracer: Any) -> tuple[Any, int | None] | None:
         return None
     kind = type(tracer).__name__
     if kind == "BatchTracer":
-        axis = tracer.batch_dim  # type: ignore[attr-defined]
-        return tracer.val, (axis if isinstance(axis, int) else None)  # type: ignore[attr-defined]
+        axis = tracer.batch_dim
+        return tracer.val, (axis if isinstance(axis, int) else None)
     if kind in ("JVPTracer", "LinearizeTracer"):
-        return tracer.primal, None  # type: ignore[attr-defined]
+        return tracer.primal, None
     return None
 
 
@@ -339,7 +343,8 @@ def _views_of(fn: Callable[..., Any], array: Any, args, kwargs) -> tuple[View, .
 
 def _views_of_jaxpr(jaxpr: Any) -> tuple[View, ...] | None:
     """The steps from the only input of a jaxpr to its only output."""
-    current, views = jaxpr.invars[0], ()
+    current = jaxpr.invars[0]
+    views: tuple[View, ...] = ()
     producers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
     steps = []
     out = jaxpr.outvars[0]
@@ -375,6 +380,9 @@ def _views_of_eqn(eqn: Any, output: int) -> tuple[View, ...] | None:
         strides = params["strides"] or (1,) * len(in_shape)
         starts_limits = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
         return (View("index", tuple(slice(*bounds) for bounds in starts_limits), in_shape),)
+    if name == "unstack":
+        index = tuple(output if i == params["axis"] else slice(None) for i in range(len(in_shape)))
+        return (View("index", index, in_shape),)
     if name == "split":
         start = sum(params["sizes"][:output])
         bounds = slice(start, start + params["sizes"][output], 1)
@@ -383,7 +391,8 @@ def _views_of_eqn(eqn: Any, output: int) -> tuple[View, ...] | None:
     if name in ("reshape", "squeeze", "expand_dims") or (
         name == "broadcast_in_dim" and math.prod(in_shape) == math.prod(out_shape)
     ):
-        return () if in_shape == out_shape else (View("reshape", out_shape, in_shape),)
+        kind = "reshape" if name == "reshape" else "unit"
+        return () if in_shape == out_shape else (View(kind, out_shape, in_shape),)
     return None
 
 
@@ -479,6 +488,7 @@ _SAME = (
     "jax.lax.convert_element_type",
     "jax.lax.with_sharding_constraint",
     "jax.lax.stop_gradient",
+    "jax.ad_checkpoint.checkpoint_name",
     "jax.sharding.reshard",
 )
 _VIEWS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 import warnings
@@ -259,6 +260,16 @@ def _matmul_operator_reversed(a: Any, b: Any) -> Any:
     return jnp.matmul(b, a)
 
 
+@interception.reentrant
+def _lax_dot(*args: Any, **kwargs: Any) -> Any:
+    """`jax.lax.dot`, which does not call dot_general in jax 0.10."""
+    signature = inspect.signature(interception.interception_manager.original("jax.lax.dot"))
+    arguments = signature.bind(*args, **kwargs).arguments
+    lhs, rhs = arguments.pop("lhs"), arguments.pop("rhs")
+    numbers = arguments.pop("dimension_numbers", None) or (((jnp.ndim(lhs) - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(lhs, rhs, numbers, **arguments)
+
+
 def _unjitted(name: str) -> Callable[..., Any]:
     """The Python body of a jitted function of `jax.numpy`.
 
@@ -280,6 +291,7 @@ COMMON_INTERCEPTS: Mapping[str, Callable[..., Any]] = {
     **provenance.LAYOUT_INTERCEPTS,
     **transforms.INTERCEPTS,
     "flax.linen.Module.param": nn_param,
+    "jax.lax.dot": _lax_dot,
     "jax._src.numpy.array_methods._operator_matmul": _matmul_operator,
     "jax._src.numpy.array_methods._operator_rmatmul": _matmul_operator_reversed,
     **{f"jax.numpy.{name}": _unjitted(f"jax.numpy.{name}") for name in ("matmul", "dot", "vdot", "inner")},

@@ -90,7 +90,7 @@ class WithAux(Generic[ArrayTypeVar]):
         """Itself in another shape; ValueError where the scales cannot follow."""
         value = self.value
         new = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-        if tuple(new) == tuple(value.shape):
+        if tuple(new) in (tuple(value.shape), (-1,) if value.ndim == 1 else None):
             return value
         try:
             return value.replace(array=value.array.reshape(*new))
@@ -109,6 +109,16 @@ class WithAux(Generic[ArrayTypeVar]):
         """Itself with two axes exchanged."""
         value = self.value
         return value.replace(array=value.array.swapaxes(axis1, axis2))
+
+    def squeeze(self, axis: int | Sequence[int] | None = None) -> WithAux[ArrayTypeVar]:
+        """Itself without axes of size 1."""
+        return self.apply_layout(jnp.squeeze, axis)
+
+    def ravel(self) -> WithAux[ArrayTypeVar]:
+        """Itself with one axis; ValueError where the scales cannot follow."""
+        return self.reshape(-1)
+
+    flatten = ravel
 
     def apply_layout(self, function: Callable[..., Any], *args, **kwargs) -> Any:
         """What a layout function of `jax.numpy` or `jax.lax` makes of it; see `provenance`."""
@@ -132,6 +142,24 @@ class WithAux(Generic[ArrayTypeVar]):
     def __jax_array__(self) -> jax.Array:
         """The float weight, for functions that know nothing of quantization."""
         return qarray.dequantize(self.value.array)
+
+
+def _float_operator(name: str) -> Callable[..., jax.Array]:
+    def operator(self: WithAux, *others: Any) -> jax.Array:
+        floats = (o.__jax_array__() if isinstance(o, WithAux) else o for o in others)
+        return getattr(self.__jax_array__(), name)(*floats)
+
+    return operator
+
+
+# Arithmetic that is no contraction: on the float weight. A contraction is left to `jax.numpy.matmul`, which may be
+# intercepted.
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(WithAux, f"__{_name}__", _float_operator(f"__{_name}__"))
+    setattr(WithAux, f"__r{_name}__", _float_operator(f"__r{_name}__"))
+WithAux.__neg__ = _float_operator("__neg__")  # type: ignore[attr-defined]
+WithAux.__matmul__ = lambda self, other: jnp.matmul(self, other)  # type: ignore[attr-defined]
+WithAux.__rmatmul__ = lambda self, other: jnp.matmul(other, self)  # type: ignore[attr-defined]
 
 
 def concatenate_qarrays(arrays: Sequence[qarray.QArray], axis: int) -> qarray.QArray:
@@ -175,6 +203,7 @@ class Replacement:
       param_shape: of the parameter as the op's module saw it.
       qarray_module: what quantizes.
       make: (boxed array, how, number of mapped axes) -> what stands in the tree; None: `WithAux(array, how)`.
+      mapped: how many leading axes of `shape` the op does not see, because it is mapped over them.
     """
 
     how: qarray.HowToQuantize
@@ -182,6 +211,7 @@ class Replacement:
     param_shape: tuple[int, ...]
     qarray_module: Any = qarray
     make: Callable[..., WithAux] | None = None
+    mapped: int = 0
 
     def __call__(self, boxed: Any) -> WithAux:
         """The quantized parameter, each leaf in a box like `boxed`."""
@@ -193,7 +223,7 @@ class Replacement:
         array = jax.tree.map(box, array)
         if self.make is None:
             return WithAux(array, how)
-        return self.make(array, how, len(value.shape) - len(self.shape))
+        return self.make(array, how, len(value.shape) - len(self.shape) + self.mapped)
 
     def _for_stacked(self, stored: tuple[int, ...]) -> tuple[qarray.HowToQuantize, tuple[int, ...]]:
         """The same with the axes that transformations have taken away; each index there has scales of its own."""
@@ -299,7 +329,12 @@ def replacement_for(
     ref = dataclasses.replace(ref, views=views)
     if views:
         how = _how_from_granularity(how, ref.pull_axes(_granularity(operand_shape, how)))
-    return Replacement(how, stored_shape, param_shape, qarray_module, make), ref
+    mapped = [view.arg[0] for view in views if view.kind == "map"]
+    if make is not None and any(mapped):
+        raise ValueError(
+            f"{ref.path} is mapped over axis {max(mapped)}: only stacking along leading axes can be quantized here"
+        )
+    return Replacement(how, stored_shape, param_shape, qarray_module, make, len(mapped)), ref
 
 
 def create_quantized_param(
@@ -592,7 +627,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
             )
             if rule.weight_qtype is not None and not any(params):
                 self._warn_of_no_weight(op_id, operands)  # type: ignore[arg-type]
-        if any(isinstance(x, (qarray.QArray, _ToQuantize)) for x in result):
+        if any(isinstance(x, (qarray.QArray, _ToQuantize, WithAux)) for x in (*result, *operands)):
             return result
         return None
 
