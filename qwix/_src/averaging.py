@@ -52,7 +52,7 @@ class SimpleMovingAverage:
         quant_stat: Mapping[str, jax.Array],
         default_calibration: Mapping[str, jax.Array] | None = None,
     ) -> dict[str, jax.Array]:
-        """The mean calibration; with a default, the default while fewer than `bootstrap_steps` were seen.
+        """The mean calibration; with a default, the default while fewer than `bootstrap_steps` (or none) were seen.
 
         A count of zero without a default gives NaN: there is nothing to average.
         """
@@ -61,6 +61,6 @@ class SimpleMovingAverage:
         if default_calibration is None:
             return average
         return {
-            key: jnp.where(count < self._bootstrap_steps, default_calibration[key], value)
+            key: jnp.where(count < max(self._bootstrap_steps, 1), default_calibration[key], value)
             for key, value in average.items()
         }

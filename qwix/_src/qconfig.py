@@ -104,6 +104,10 @@ class QuantizationProvider:
             re.compile(rule.module_path)
         except re.error as e:
             raise ValueError(f"module_path {rule.module_path!r} is no regular expression: {e}") from e
+        if isinstance(rule.op_names, str):
+            raise ValueError(
+                f"op_names is a collection of names: give ({rule.op_names!r},) instead of {rule.op_names!r}"
+            )
         if rule.act_static_scale and rule.act_qtype is None:
             raise ValueError(
                 f"act_static_scale needs an act_qtype to be the scale of: set act_qtype, or drop it from {rule}"

@@ -159,7 +159,7 @@ VIEWS = {
     "two slices of one": (lambda x, w: x @ w[:, :3] + x @ w[:, 3:], W),
     "lax.slice": (lambda x, w: x @ jax.lax.slice(w, (0, 1), (4, 5)), W),
     "slice_in_dim": (lambda x, w: x @ jax.lax.slice_in_dim(w, 1, 5, axis=1), W),
-    "split": (lambda x, w: (lambda a, b: x @ a + x @ b)(*jnp.split(w, 2, axis=1)), W),
+    "split": (lambda x, w: sum(x @ part for part in jnp.split(w, 2, axis=1)), W),
     "unstacked": (lambda x, w: sum(x @ part for part in jnp.unstack(w)), {"w": ((2, 4, 6), (0, 2))}),
     "concatenated outputs": (
         lambda x, v, w: x @ jnp.concatenate([v, w], axis=1),

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -139,27 +140,23 @@ class WithAux(Generic[ArrayTypeVar]):
         axis = kwargs.pop("dimension", axis)
         return arrays[0].value.replace(array=concatenate_qarrays([a.value.array for a in arrays], axis))
 
+    # A contraction is left to `jax.numpy.matmul`, which may be intercepted; other arithmetic is that of the float weight.
+    def __matmul__(self, other: Any) -> jax.Array:
+        return jnp.matmul(self, other)  # type: ignore[arg-type]
+
+    def __rmatmul__(self, other: Any) -> jax.Array:
+        return jnp.matmul(other, self)  # type: ignore[arg-type]
+
+    __neg__ = _arithmetic(operator.neg)
+    __add__, __radd__ = _arithmetic(operator.add), _arithmetic(_reflected(operator.add))
+    __sub__, __rsub__ = _arithmetic(operator.sub), _arithmetic(_reflected(operator.sub))
+    __mul__, __rmul__ = _arithmetic(operator.mul), _arithmetic(_reflected(operator.mul))
+    __truediv__, __rtruediv__ = _arithmetic(operator.truediv), _arithmetic(_reflected(operator.truediv))
+    __pow__ = _arithmetic(operator.pow)
+
     def __jax_array__(self) -> jax.Array:
         """The float weight, for functions that know nothing of quantization."""
         return qarray.dequantize(self.value.array)
-
-
-def _float_operator(name: str) -> Callable[..., jax.Array]:
-    def operator(self: WithAux, *others: Any) -> jax.Array:
-        floats = (o.__jax_array__() if isinstance(o, WithAux) else o for o in others)
-        return getattr(self.__jax_array__(), name)(*floats)
-
-    return operator
-
-
-# Arithmetic that is no contraction: on the float weight. A contraction is left to `jax.numpy.matmul`, which may be
-# intercepted.
-for _name in ("add", "sub", "mul", "truediv", "pow"):
-    setattr(WithAux, f"__{_name}__", _float_operator(f"__{_name}__"))
-    setattr(WithAux, f"__r{_name}__", _float_operator(f"__r{_name}__"))
-WithAux.__neg__ = _float_operator("__neg__")  # type: ignore[attr-defined]
-WithAux.__matmul__ = lambda self, other: jnp.matmul(self, other)  # type: ignore[attr-defined]
-WithAux.__rmatmul__ = lambda self, other: jnp.matmul(other, self)  # type: ignore[attr-defined]
 
 
 def concatenate_qarrays(arrays: Sequence[qarray.QArray], axis: int) -> qarray.QArray:

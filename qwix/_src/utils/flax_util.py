@@ -259,6 +259,8 @@ def get_or_create_param(
     """
     module = get_current_module()
     if isinstance(module, nn.Module):
+        if module.has_variable("params", name) and module._name_taken(name, collection="params"):
+            return unbox(module.get_variable("params", name))  # this call was here before
         if not need_rng:
             return unbox(module.param(name, lambda _: init_fn()))
         return unbox(module.param(name, init_fn))
@@ -289,7 +291,10 @@ def get_or_create_variable(
     """
     module = get_current_module()
     if isinstance(module, nn.Module):
-        variable = module.variable(collection, name, init_fn)
+        if module._name_taken(name, collection=collection):  # this call was here before
+            variable: Any = flax.core.scope.Variable(module.scope, collection, name, unbox=True)  # type: ignore[arg-type]
+        else:
+            variable = module.variable(collection, name, init_fn)
         _check_shape(variable.value, init_fn, name)
         return variable
     if not hasattr(module, name):
