@@ -606,5 +606,7 @@ def _views_instead_of_narrowing(array: Any, qtype: Any) -> bool:
 def _view(array: QArray) -> QArray:
     dtype = numerics.storage_dtype(array.qtype)
     codes = array.qvalue
+    if isinstance(codes, jax.core.Tracer):  # of an array from outside of a trace
+        return array.replace(qvalue=numerics.narrow(codes, array.qtype))
     device = codes.sharding if codes.committed else None
     return array.replace(qvalue=jax.device_put(np.asarray(codes).view(dtype), device))
