@@ -31,6 +31,19 @@ from qwix._src.utils import flax_util
 ArrayTypeVar = TypeVar("ArrayTypeVar", bound=Any)
 
 
+def _arithmetic(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `WithAux` that applies an operator to the float weight."""
+
+    def method(*operands: Any) -> jax.Array:
+        return operation(*(x.__jax_array__() if isinstance(x, WithAux) else x for x in operands))
+
+    return method
+
+
+def _reflected(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, b: operation(b, a)
+
+
 @nnx_nodes.register
 @pytree.array_structure
 class WithAux(Generic[ArrayTypeVar]):
@@ -140,7 +153,7 @@ class WithAux(Generic[ArrayTypeVar]):
         axis = kwargs.pop("dimension", axis)
         return arrays[0].value.replace(array=concatenate_qarrays([a.value.array for a in arrays], axis))
 
-    # A contraction is left to `jax.numpy.matmul`, which may be intercepted; other arithmetic is that of the float weight.
+    # A contraction is left to `jax.numpy.matmul`, which may be intercepted; all else is that of the float weight.
     def __matmul__(self, other: Any) -> jax.Array:
         return jnp.matmul(self, other)  # type: ignore[arg-type]
 
