@@ -36,7 +36,6 @@ def test_rule_fields_and_defaults():
     [
         (Rule(act_static_scale=True), "act_static_scale needs an act_qtype"),
         (Rule(module_path="layers[0"), "module_path 'layers\\[0' is no regular expression"),
-        (Rule(op_names="dot_general"), "op_names is a collection of names"),
     ],
 )
 def test_rules_that_contradict_themselves(rule, message):
@@ -56,6 +55,8 @@ def test_rules_that_contradict_themselves(rule, message):
         ([Rule(op_names=("einsum",)), Rule(module_path="c")], "c", "dot_general", 1),
         ([Rule(op_names=("einsum",))], "c", "dot_general", None),
         ([Rule(op_names={"dot"})], "c", "dot_general", None),
+        ([Rule(op_names="dot")], "c", "dot_general", None),  # one name is no pattern
+        ([Rule(op_names="dot_general")], "c", "dot_general", 0),
         ([Rule(module_path=r"layers/\d+/(q|k)")], "layers/12/q", "einsum", 0),
         ([], "", "einsum", None),
     ],

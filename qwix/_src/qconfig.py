@@ -30,7 +30,7 @@ class QuantizationRule:
     Attributes:
       module_path: regular expression that has to match the whole '/'-joined path of the module, such as
         `r'blocks/\\d+/mlp/.*'`; the root's path is ''.
-      op_names: ops that it is about ('dot_general', 'einsum', 'conv_general_dilated', 'ragged_dot', ...); empty: all.
+      op_names: ops that it is about ('dot_general', 'einsum', 'conv_general_dilated', ...), or one; empty: all.
       weight_qtype: number format of weights; None leaves them.
       act_qtype: number format of activations; None leaves them.
       tile_size: size of the tiles of the contracting axis that have a scale of their own (sub-channel
@@ -104,16 +104,13 @@ class QuantizationProvider:
             re.compile(rule.module_path)
         except re.error as e:
             raise ValueError(f"module_path {rule.module_path!r} is no regular expression: {e}") from e
-        if isinstance(rule.op_names, str):
-            raise ValueError(
-                f"op_names is a collection of names: give ({rule.op_names!r},) instead of {rule.op_names!r}"
-            )
         if rule.act_static_scale and rule.act_qtype is None:
             raise ValueError(
                 f"act_static_scale needs an act_qtype to be the scale of: set act_qtype, or drop it from {rule}"
             )
         return dataclasses.replace(
             rule,
+            op_names=(rule.op_names,) if isinstance(rule.op_names, str) else rule.op_names,
             act_static_scale=bool(rule.act_static_scale),
             act_calibration_method=rule.act_calibration_method or "absmax",
         )
