@@ -107,20 +107,22 @@ def _original(name: str) -> Callable[..., Any]:
 
 def _jit(fun: Any, info: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     book = provenance.book()
-    original = _original(_JIT)
+    original = interception.interception_manager.original(_JIT)
     if book is None:
         return original(fun, info, args, kwargs)
+    if fun in _without_ops:
+        result = original(fun, info, args, kwargs)
+        book.jit_has_ops = False
+        return result
     ops_before = book.ops
     body = interception.interception_manager.stand_in(fun)
-    if body is None and fun in _without_ops:
-        result = original(fun, info, args, kwargs)
-    elif body is None and fun not in _with_ops and not any(map(_of_parameters, jax.tree.leaves((args, kwargs)))):
+    if body is None and fun not in _with_ops and not any(map(_of_parameters, jax.tree.leaves((args, kwargs)))):
         with _deeper(without_parameters=True):
             result = original(fun, info, args, kwargs)
-        book.carry_out()
     else:
         run = _calling(body or fun, lambda *inner, **inner_kwargs: _enter((args, kwargs), (inner, inner_kwargs)))
         result = original(run, info, args, kwargs)
+    book.carry_out()
     book.jit_has_ops = book.ops > ops_before
     if book.jit_has_ops:
         _with_ops.add(fun)
@@ -134,7 +136,7 @@ def _jit_fast_path(*args: Any, **kwargs: Any) -> Any:
     book = provenance.book()
     if book is not None and book.jit_has_ops:
         return None
-    return _original(_JIT_FAST_PATH)(*args, **kwargs)
+    return interception.interception_manager.original(_JIT_FAST_PATH)(*args, **kwargs)
 
 
 def _checkpoint(fun: Callable[..., Any], static_argnums: Any, args: tuple[Any, ...]) -> Any:
