@@ -103,9 +103,10 @@ def quantize_weight(
       ValueError: if the shapes do not fit, or `how` tiles or splits an axis that GPTQ cannot.
 
     >>> W, X = jnp.array([[0.3, 0.1]]), jnp.array([[1.0, 2.0], [2.0, 1.0]])
-    >>> q, loss = quantize_weight(W, compute_hessian(X), qarray.HowToQuantize(qtype=jnp.int4))
-    >>> q.qvalue
-    Array([[7, 2]], dtype=int4)
+    >>> how = qarray.HowToQuantize(qtype=jnp.int4, calibration_method="fixed,0.75")
+    >>> q, loss = quantize_weight(W, compute_hessian(X), how)
+    >>> q.qvalue, q.scale
+    (Array([[3, 1]], dtype=int4), Array([[0.1]], dtype=float32))
     """
     if W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"GPTQ takes W (rows, columns) and H (columns, columns), got {W.shape} and {H.shape}")
