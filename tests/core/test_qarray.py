@@ -167,6 +167,7 @@ def test_asymmetric_quantization_follows_the_formulas(granularity, qtype):
     assert (np.asarray(qarray.dequantize(zeros)) == 0).all()
 
 
+@settings(max_examples=12)
 @given(
     arrays_and_granularities(),
     st.sampled_from(FORMATS),
@@ -693,6 +694,7 @@ def test_reshape_with_an_unknown_size():
             q.reshape(target)
 
 
+@settings(max_examples=12)
 @given(qarrays(), st.data())
 def test_transposing(q, data):
     full = numpy_dequantize(q)
@@ -705,6 +707,7 @@ def test_transposing(q, data):
         np.testing.assert_array_equal(numpy_dequantize(q.mT), full.swapaxes(-1, -2))
 
 
+@settings(max_examples=12)
 @given(qarrays(), st.data())
 def test_broadcasting_repeats_elements(q, data):
     factors = [data.draw(st.integers(1, 3)) for _ in q.shape]
