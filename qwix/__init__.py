@@ -13,7 +13,7 @@ from qwix._src.core.ragged_dot import ragged_dot, ragged_dot_general
 from qwix._src.model import quantize_model
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.ptq import PtqProvider, quantize_params
-from qwix._src.qconfig import QuantizationProvider, QuantizationRule
+from qwix._src.qconfig import QuantizationProvider, QuantizationRule, QuantizationWarning
 from qwix._src.summary import summarize
 from qwix._src.utils.checkpoint_util import process_prequantized_params, restore_quantization_rules
 from qwix._src.utils.flax_util import QuantStat
@@ -26,6 +26,7 @@ __all__ = [
     "QuantStat",
     "QuantizationProvider",
     "QuantizationRule",
+    "QuantizationWarning",
     "conv_general_dilated",
     "dequantize",
     "dot",
