@@ -256,7 +256,12 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
 def _evaluate(run: Callable[..., Any], paths: list[Any], state: Any, arrays: list[Any]) -> dict[Any, Any]:
     """The variables at `paths` that a run creates; of the run only what they depend on is computed."""
     arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays]
-    wanted = jax.jit(lambda state, arrays: {p: run(state, arrays)[p] for p in paths})
+
+    @jax.jit
+    def wanted(state: Any, arrays: list[Any]) -> dict[Any, Any]:
+        variables = run(state, arrays)
+        return {path: variables[path] for path in paths}
+
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         return jax.eval_shape(wanted, state, arrays)
     return wanted(state, arrays)

@@ -250,11 +250,12 @@ def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.
         variable = getattr(module, name, None)
         stored = None if variable is None else variable.get_value()
     average = _average.init(stats) if stored is None else dict(stored)
-    if jax.tree.map(jnp.shape, average) != jax.tree.map(jnp.shape, _average.init(stats)):
+    shapes = {name: jnp.shape(value) for name, value in average.items()}
+    if stored is not None and shapes != {n: v.shape for n, v in jax.eval_shape(_average.init, stats).items()}:
         raise ValueError(
             f"{weight.path} is used by ops that contract different axes of it, or was calibrated with another shape: "
-            f"its statistics have shapes {jax.tree.map(jnp.shape, average)}. Start with fresh statistics, and give "
-            "one of the ops a rule of another type."
+            f"its statistics have shapes {shapes}. Start with fresh statistics, and give one of the ops a rule of "
+            "another type."
         )
     if flax_util.should_update_quant_stats():
         average = _average.update(average, stats)
