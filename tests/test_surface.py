@@ -26,7 +26,7 @@ ALIASES = {
 }
 
 # Public names of `qwix` beyond the interface facts.
-ADDED = {"summarize"}
+ADDED = {"QuantizationWarning", "summarize"}
 
 EMPTY = inspect.Parameter.empty
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
