@@ -1,6 +1,8 @@
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -221,6 +223,20 @@ def test_a_damaged_checkpoint(made, tmp_path, fails):
     path.write_bytes(data)
     (directory / "qwix.json").write_text("{")
     assert "qwix.json: damaged" in fails("inspect", directory)
+
+
+def test_a_signal_to_terminate_leaves_nothing(tiny_bert, tmp_path, qwix, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def terminated(*args):
+        assert len(list(tmp_path.iterdir())) == 1  # The scratch directory.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(quantized, "write", terminated)
+    arguments = ["quantize", tiny_bert, "--recipe", "int8", "--limit", 10]
+    assert qwix(*arguments, "--out", tmp_path / "out")[0] == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_demo(tiny_bert, tmp_path, qwix, fails, monkeypatch):
