@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qwix._src import nnx_nodes, qconfig
@@ -333,7 +334,12 @@ def _padded_qarray(array: QArray, original_shape: Sequence[int]) -> PaddedQArray
 def _cut_back(array: PaddedQArray) -> PaddedQArray:
     if array.original_shape == array.padded_shape:
         return array
-    return array.replace(qvalue=array.qvalue[tuple(slice(n) for n in array.original_shape)])
+    cut, qvalue = tuple(map(slice, array.original_shape)), array.qvalue
+    if qarray._views_instead_of_narrowing(qvalue, array.qtype):
+        # The backend that converts 4-bit elements one by one slices them likewise.
+        device = qvalue.sharding if qvalue.committed else None
+        return array.replace(qvalue=jax.device_put(np.asarray(qvalue)[cut], device))
+    return array.replace(qvalue=qvalue[cut])
 
 
 def dequantize(array: QArray) -> jax.Array:
