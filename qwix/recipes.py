@@ -291,7 +291,7 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
             relative_error=0.0,
         )
         if isinstance(now, WithAux) and isinstance(now.array, qarray.QArray):
-            error = _relative_error(_float_weight(now).reshape(value.shape), value)
+            error = _relative_error(jnp.asarray(now).reshape(value.shape), value)
             qtype = now.how.qtype
             qtype_name = qtype if isinstance(qtype, str) else jnp.dtype(qtype).name
             weights.append(dataclasses.replace(entry, format=qtype_name, relative_error=error))
@@ -300,17 +300,6 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
     if not weights:
         raise RecipeError(f"recipe {recipe.name!r}: quantized no weight of this model")
     return Report(recipe, tuple(weights), tuple(in_float))
-
-
-def _float_weight(weight: Any) -> jax.Array:
-    """The float weight that a quantized one stands for."""
-    value = qarray.dequantize(weight.array)
-    scale = getattr(weight, "awq_scale", None)
-    if scale is None:
-        return value
-    shape = [1] * value.ndim
-    shape[weight.contracting_axis] = -1
-    return value / scale.reshape(shape)
 
 
 def _relative_error(value: jax.Array, reference: jax.Array) -> float:
