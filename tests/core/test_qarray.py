@@ -1036,6 +1036,14 @@ def test_vmap_scan_eval_shape_and_grad():
     np.testing.assert_allclose(jax.grad(dequantized_sum)(each[0].scale), expected)
 
 
+@pytest.mark.parametrize("qtype", [jnp.int8, "int4", "nf4", "mxfp4"])
+def test_an_array_from_outside_of_a_trace(qtype):
+    x = jnp.asarray(normal((4, 8)))
+    how = HowToQuantize(qtype=qtype, channelwise_axes=(0,))
+    expected = qarray.quantize(x, how)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda: qarray.quantize(x, how))(), expected)
+
+
 def test_quantize_leaves_no_call_in_the_jaxpr():
     how = HowToQuantize(qtype="nf4", channelwise_axes=(0,))
     x = jnp.ones((4, 8))
