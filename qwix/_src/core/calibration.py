@@ -43,7 +43,6 @@ def find_range(array: jax.Array, method: str, scale_shape: Sequence[int]) -> dic
         low = -_tile_max(-array, scale_shape)
         return {"min": low * factor, "max": _tile_max(array, scale_shape) * factor}
     tiles = tiling.regroup(array, tiling.interleaved_shape(array.shape, scale_shape))
-    tiles = tiling.regroup(array, tiling.interleaved_shape(array.shape, scale_shape))
     squares = jnp.square(tiles.astype(compute_dtype(array.dtype)))
     rms = tiling.regroup(jnp.sqrt(squares.mean(range(1, tiles.ndim, 2))), scale_shape)
     return {"absmax": (rms * factor).astype(array.dtype)}
@@ -54,22 +53,30 @@ def _tile_max(array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
 
     XLA's CPU backend (jaxlib 0.10.2) drops NaN in `max` of any but small arrays, and takes ten
     times as long for it over an array that it has to compute first, such as abs(x). So the first
-    few elements of each tile are compared one by one, which vectorizes, and in what is left, an
-    eighth and not negative, the sum tells whether there is a NaN.
+    few elements of each tile are compared one by one, which vectorizes, and only what is left, an
+    eighth, is searched for NaN.
     """
+    if array.size == 0:
+        return jnp.zeros(scale_shape, array.dtype)
     shape = list(tiling.interleaved_shape(array.shape, scale_shape)) or [1, 1]
     axis = max(range(1, len(shape), 2), key=lambda axis: shape[axis])
-    # Chunks of an explicitly sharded axis might lie on several devices.
+    # Each chunk has to lie on one device, even if the axis is sharded over all of them.
     sizes = (1,) if any(jax.typeof(array).sharding.spec) else range(1, 9)
-    few = max(n for n in sizes if shape[axis] % n == 0)
-    shape[axis] //= few
-    chunks = tiling.regroup(array, [*shape[: axis + 1], few, *shape[axis + 1 :]])
-    # Not `lax.reduce`: where a chunk lies on several devices, they could not reduce by it.
-    parts = [jax.lax.index_in_dim(chunks, i, axis + 1, keepdims=False) for i in range(few)]
-    tiles = functools.reduce(jnp.maximum, parts, jnp.zeros((), array.dtype))
-    within = range(1, tiles.ndim, 2)
-    largest = jnp.where(jnp.isnan(tiles.sum(within)), jnp.nan, tiles.max(within, initial=0))
+    few = max((n for n in sizes if shape[axis] % (n * jax.device_count()) == 0), default=1)
+    if few > 1:
+        shape[axis] //= few
+        chunks = tiling.regroup(array, [*shape[: axis + 1], few, *shape[axis + 1 :]])
+        # Not `lax.reduce`: where a chunk lies on several devices, they could not reduce by it.
+        parts = [jax.lax.index_in_dim(chunks, i, axis + 1, keepdims=False) for i in range(few)]
+        array = functools.reduce(_max_or_nan, parts)
+    tiles = tiling.regroup(array, shape)
+    within = tuple(range(1, tiles.ndim, 2))
+    largest = jnp.where(jnp.isnan(tiles).any(within), jnp.nan, tiles.max(within, initial=0))
     return tiling.regroup(largest, scale_shape)
+
+
+def _max_or_nan(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where((x > y) | jnp.isnan(x), x, y)
 
 
 def compute_scale_zero_point(calibration: Mapping[str, jax.Array], qtype: Any) -> tuple[jax.Array, jax.Array | None]:
