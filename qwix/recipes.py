@@ -26,7 +26,7 @@ from qwix import checkpoint
 from qwix._src import model as model_lib
 from qwix._src import qconfig
 from qwix._src.core import qarray
-from qwix._src.providers import boxed_param, ptq
+from qwix._src.providers import ptq, quantized_param
 from qwix._src.providers.boxed_param import WithAux
 from qwix._src.utils import flax_util
 
@@ -196,7 +196,7 @@ def _quantize_tables(model: Any, recipe: Recipe) -> None:
             calibration_method=rule.weight_calibration_method,
         )
         shape = tuple(module.embedding.shape)
-        module.embedding = boxed_param.Replacement(how, shape, shape)(module.embedding)  # type: ignore[assignment]
+        module.embedding = quantized_param.Replacement(how, shape, shape)(module.embedding)  # type: ignore[assignment]
 
 
 def _qtype(name: str) -> Any:

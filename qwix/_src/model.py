@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -174,31 +175,23 @@ def _intercepted(
             finally:
                 book.roots.pop()
             if isinstance(self, nnx.Module) and not book.keep_replacements:
-                _carry_out(book, self, root)
+                _carry_out(book.replacements, self, root)
             return output
 
     return wrapper
 
 
-def _carry_out(book: Any, model: nnx.Module, root: tuple[str | int, ...]) -> None:
+def _carry_out(
+    replacements: dict[tuple[str | int, ...], Callable[[Any], Any]], model: nnx.Module, root: tuple[str | int, ...]
+) -> None:
     """Puts the quantized parameters into an NNX model, for those of its parameters that a provider asked for."""
-    for keys in [k for k in book.replacements if k[: len(root)] == root]:
-        replace = book.replacements.pop(keys)
-        owner = flax_util.get_value_from_path(model, keys[len(root) : -1])
-        set_child(owner, keys[-1], replace(get_child(owner, keys[-1])))
-
-
-def get_child(owner: Any, key: str | int) -> Any:
-    """An attribute of a module or an item of a container of NNX."""
-    return owner[key] if isinstance(key, int) or isinstance(owner, dict) else getattr(owner, key)
-
-
-def set_child(owner: Any, key: str | int, value: Any) -> None:
-    """Sets what `get_child` gets."""
-    if isinstance(key, int) or isinstance(owner, dict):
-        owner[key] = value
-    else:
-        setattr(owner, key, value)
+    for keys in [k for k in replacements if k[: len(root)] == root]:
+        replace = replacements.pop(keys)
+        owner, key = flax_util.get_value_from_path(model, keys[len(root) : -1]), keys[-1]
+        if isinstance(key, int) or isinstance(owner, dict):
+            owner[key] = replace(owner[key])
+        else:
+            setattr(owner, key, replace(getattr(owner, key)))
 
 
 def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nnx.Module:
@@ -208,15 +201,13 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
     the model's own computation only what new variables depend on (static scales, LoRA initializers) is ever run.
     """
     rngs = kwargs.get("rngs")
-    modules = [module for _, module in _modules(model)]
-    for module in modules:
+    for _, module in _modules(model):
         module.disable_quant_stats_update = True
-        module.qwix_rngs = None
     # Arrays are traced; flags, strings and None are what they are.
     leaves, treedef = jax.tree.flatten((args, {k: v for k, v in kwargs.items() if k != "rngs"}))
     is_array = [isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for x in leaves]
     graphdef, state = nnx.split((model, rngs))
-    book_of: dict[str, Any] = {}
+    found: dict[str, Any] = {}  # what the trace leaves behind beside its jaxpr
 
     def run(state: Any, arrays: list[Any]) -> Any:
         model, rngs = nnx.merge(graphdef, state)
@@ -232,36 +223,40 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
         with provenance.session() as book:
             book.keep_replacements = book.initializing = True
             getattr(model, method)(*args, **kwargs)
-            book_of["replacements"] = dict(book.replacements)
+            found["replacements"] = book.replacements
         for _, module in _modules(model):
             module.qwix_rngs = None
             module.disable_quant_stats_update = False
-        book_of["graphdef"], state = nnx.split(model)
-        return dict(nnx.to_flat_state(state))
+        found["graphdef"], state = nnx.split(model)
+        flat = dict(nnx.to_flat_state(state))
+        found["paths"] = list(flat)
+        return list(flat.values())
 
     arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
-    jaxpr, out_shapes = jax.make_jaxpr(run, return_shape=True)(state, arrays)
+    jaxpr, variables = jax.make_jaxpr(run, return_shape=True)(state, arrays)
     old = dict(nnx.to_flat_state(nnx.state(model)))
-    new = [path for path in out_shapes if path not in old]
-    created = _evaluate(run, new, state, arrays) if new else {}
-    del jaxpr
-    flat = {path: old.get(path, created.get(path)) for path in out_shapes}
-    model = nnx.merge(book_of["graphdef"], nnx.from_flat_state(flat.items()))
-    book = provenance._Book()
-    book.replacements = book_of["replacements"]
-    _carry_out(book, model, ())
+    new = [path not in old for path in found["paths"]]
+    if any(new):
+        variables = _evaluate(jaxpr, variables, new, (state, arrays))
+    flat = {path: old.get(path, variable) for path, variable in zip(found["paths"], variables, strict=True)}
+    model = nnx.merge(found["graphdef"], nnx.from_flat_state(flat.items()))
+    _carry_out(found["replacements"], model, ())
     return model
 
 
-def _evaluate(run: Callable[..., Any], paths: list[Any], state: Any, arrays: list[Any]) -> dict[Any, Any]:
-    """The variables at `paths` that a run creates; of the run only what they depend on is computed."""
-    arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays]
+def _evaluate(jaxpr: Any, variables: list[Any], wanted: list[bool], inputs: Any) -> list[Any]:
+    """The wanted ones of a jaxpr's results computed, the others as they are; `variables` gives their structure."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs[0])):
+        return variables  # an abstract model
+    mask = [w for w, variable in zip(wanted, variables, strict=True) for _ in jax.tree.leaves(variable)]
 
     @jax.jit
-    def wanted(state: Any, arrays: list[Any]) -> dict[Any, Any]:
-        variables = run(state, arrays)
-        return {path: variables[path] for path in paths}
+    def compute(*flat_inputs: Any) -> list[Any]:
+        outputs = jax.extend.core.jaxpr_as_fun(jaxpr)(*flat_inputs)
+        return [output for output, w in zip(outputs, mask, strict=True) if w]
 
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
-        return jax.eval_shape(wanted, state, arrays)
-    return wanted(state, arrays)
+    flat_inputs = jax.tree.leaves(inputs)
+    zeros = [jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in flat_inputs]
+    computed = iter(compute(*zeros))
+    leaves, structure = jax.tree.flatten(variables)
+    return jax.tree.unflatten(structure, [next(computed) if w else x for x, w in zip(leaves, mask, strict=True)])

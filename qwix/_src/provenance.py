@@ -8,11 +8,12 @@ any trace::
     jnp.dot(x, kernel.T.astype(jnp.bfloat16))     # found:      ref = (this module, 'kernel', (transpose (1, 0),))
 
 - `session()` opens the book for one top-level call; nested calls share it.
-- `find(x)` gives the `ParamRef` of an operand, or None: it is not a parameter.
+- `lookup(x)` gives the `ParamRef` of an array, or None: it is not known to be a parameter. (`flax_util.find_ref` looks
+  at the running modules as well.)
 - `LAYOUT_INTERCEPTS` are the passive handlers (see `interception`) that follow a parameter from call to call. What a
   function did is read off its jaxpr, so that one handler serves them all.
-- `View.push(shape)`, `View.pull_axes(...)` and `View.apply(array)` carry shapes, quantization axes and quantized
-  arrays between the layout that a parameter is stored in and the one that an op sees.
+- `ParamRef.pull_axes` carries the granularity that an op wants back to the layout that the parameter is stored in, and
+  `ParamRef.apply` the stored, quantized parameter to the op.
 
 How Flax modules hold parameters is known to `flax_util` alone.
 """

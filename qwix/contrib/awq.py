@@ -33,6 +33,7 @@ from flax import linen as nn
 from flax import nnx
 
 from qwix._src import nnx_nodes, provenance, qconfig
+from qwix._src.core import einsum as core_einsum
 from qwix._src.core import einsum_info, pytree, qarray
 from qwix._src.core import operands as core_operands
 from qwix._src.providers import ptq
@@ -238,6 +239,7 @@ class AwqInferenceProvider(ptq.PtqProvider):
         **kwargs: Any,
     ) -> jax.Array:
         """`jax.numpy.einsum`, with AWQ scales moved to the activations."""
+        einsum_str, operands = core_einsum.split_args(einsum_str, *operands)
         if len(operands) > 1 and any(isinstance(x, WithAwqScale) for x in operands):
             labels, _ = einsum_info.parse_subscripts(einsum_str, tuple(x.ndim for x in operands))
             operands = tuple(_move_scales(operands, labels))

@@ -43,7 +43,7 @@ from qwix._src import averaging, provenance, qconfig
 from qwix._src.core import einsum as core_einsum
 from qwix._src.core import operands as core_operands
 from qwix._src.core import qarray, tiling
-from qwix._src.providers import boxed_param, ptq
+from qwix._src.providers import ptq, quantized_param
 from qwix._src.utils import flax_util
 
 _average = averaging.SimpleMovingAverage()
@@ -96,6 +96,7 @@ class CalibrationProvider(qconfig.QuantizationProvider):
 
     def einsum(self, einsum_str: str, *operands: Any, **kwargs: Any) -> jax.Array:
         """`jax.numpy.einsum`, run as the dot_generals of its pairs of operands."""
+        einsum_str, operands = core_einsum.split_args(einsum_str, *operands)
         if len(operands) == 1:
             return provenance.follow_views(lambda x: jnp.einsum(einsum_str, x, **kwargs), *operands)
         rule, op_id = self._get_current_rule_and_op_id("einsum")
@@ -442,7 +443,7 @@ def extract_calibrated_quant_context(
     layout = _Layout(shape, axes, tiles)
     columns = layout.columns()
     return CalibratedQuantContext(
-        weight=layout.to_matrix(boxed_param.reshape_value(weight, shape)),
+        weight=layout.to_matrix(quantized_param.reshape_value(weight, shape)),
         how=dataclasses.replace(how, channelwise_axes=(0,), tiled_axes={} if layout.tile is None else {1: layout.tile}),
         calibration_stats={name: _by_column(x, columns, where, name) for name, x in _averaged(stats, where).items()},
         abs_w=abs_w,
@@ -548,7 +549,7 @@ def quantize_params_with_calibration(
         if quantized is None:
             others[path] = value
         else:
-            place = functools.partial(boxed_param.rebox, value, value_shape=tuple(quantized.array.shape))
+            place = functools.partial(quantized_param.rebox, value, value_shape=tuple(quantized.array.shape))
             calibrated[path] = quantized.replace(array=jax.tree.map(place, quantized.array))
     result = ptq.quantize_params(
         _nested(others), abstract_quantized_params, quant_stats, allow_extra_params=allow_extra_params

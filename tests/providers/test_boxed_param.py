@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 import qwix
 from qwix._src import qconfig
 from qwix._src.core import qarray
-from qwix._src.providers import boxed_param
+from qwix._src.providers import boxed_param, with_aux
 from qwix._src.providers.ptq import WithAux
 
 DIMS = (((1,), (0,)), ((), ()))
@@ -112,6 +112,7 @@ OPS = {
     "einsum, weight left": (lambda x, w: jnp.einsum("io,bi->bo", w, x), W),
     "einsum, implicit output": (lambda x, w: jnp.einsum("bi,io", x, w), W),
     "einsum, spaces and ellipsis": (lambda x, w: jnp.einsum("... i , i o -> ... o", x, w), W),
+    "einsum, numpy's other form": (lambda x, w: jnp.einsum(x, [0, 1], w, [1, 2], [0, 2]), W),
     "einsum of three": (
         lambda x, v, w: jnp.einsum("bi,ij,jo->bo", x, v, w),
         {"v": ((4, 5), ()), "w": ((5, 6), (1,))},
@@ -392,7 +393,7 @@ def test_concatenation_of_tiled_and_shared_scales():
     np.testing.assert_array_equal(qwix.dequantize(joined.array), expected)
     int4 = qarray.quantize(normal(4, 6), qarray.HowToQuantize(qtype=jnp.int4))
     with pytest.raises(ValueError, match="different formats"):
-        boxed_param.concatenate_qarrays([parts[0].array, int4], 0)
+        with_aux.concatenate_qarrays([parts[0].array, int4], 0)
 
 
 def test_create_quantized_param_in_a_module_of_ones_own():

@@ -81,8 +81,8 @@ def einsum(
     >>> einsum("...d,df->...f", jnp.ones((2, 5, 4)), w).shape
     (2, 5, 3)
     """
-    subscripts, arrays = _split_args(args)
-    arrays = [qarray.unwrap(x) for x in arrays]
+    subscripts, given = split_args(*args)
+    arrays = [qarray.unwrap(x) for x in given]
     quantized = any(isinstance(x, QArray) for x in arrays)
     is_default = _qwix_dot_general is _dot_general.dot_general
     if not quantized and is_default:
@@ -132,10 +132,10 @@ def _einsum(
     return cast(jax.Array, arrays[-1])
 
 
-def _split_args(args: Sequence[Any]) -> tuple[str, list[Any]]:
-    """Subscripts and operands of both of NumPy's forms."""
+def split_args(*args: Any) -> tuple[str, tuple[Any, ...]]:
+    """Subscripts and operands of both of NumPy's forms, `(subscripts, *operands)` and `(operand, axes, ...)`."""
     if isinstance(args[0], str):
-        return args[0], list(args[1:])
+        return args[0], args[1:]
 
     def spell(axes: Sequence[Any]) -> str:
         return "".join("..." if a is Ellipsis else opt_einsum.get_symbol(int(a)) for a in axes)
@@ -144,7 +144,7 @@ def _split_args(args: Sequence[Any]) -> tuple[str, list[Any]]:
     subscripts = ",".join(spell(args[2 * i + 1]) for i in range(pairs))
     if len(args) % 2:
         subscripts += "->" + spell(args[-1])
-    return subscripts, [args[2 * i] for i in range(pairs)]
+    return subscripts, tuple(args[2 * i] for i in range(pairs))
 
 
 def _sharding_before(out_sharding: Any, permutation: tuple[int, ...] | None) -> Any:

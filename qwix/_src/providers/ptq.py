@@ -15,7 +15,7 @@ from flax import nnx
 
 from qwix._src import averaging
 from qwix._src.core import pytree, qarray
-from qwix._src.providers import boxed_param
+from qwix._src.providers import boxed_param, quantized_param
 from qwix._src.utils import flax_util
 
 # Programs find these here.
@@ -112,8 +112,8 @@ def quantize_like(value: Any, target: WithAux, where: str, qarray_module: Any = 
             f"{where} has shape {tuple(value.shape)}, which cannot become the {shape} of the quantized model"
         )
     how = how_of(target)
-    array = boxed_param.quantize_value(boxed_param.reshape_value(value, shape), how, qarray_module)
-    return target.replace(array=jax.tree.map(lambda x: boxed_param.rebox(value, x, shape), array))
+    array = quantized_param.quantize_value(quantized_param.reshape_value(value, shape), how, qarray_module)
+    return target.replace(array=jax.tree.map(lambda x: quantized_param.rebox(value, x, shape), array))
 
 
 def how_of(target: WithAux) -> qarray.HowToQuantize:
