@@ -21,6 +21,7 @@ from flax import nnx
 import qwix
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 128, 4, 12, 512
+ROUNDS = 31
 
 
 class Block(nnx.Module):
@@ -72,17 +73,18 @@ def measure() -> dict[str, float]:
         quantized[name] = qwix.quantize_model(model, provider, tokens)
         jax.block_until_ready(nnx.state(quantized[name]))
         result[f"{name}: quantize_model, s"] = time.perf_counter() - start
-    # Interleaved, so that a noisy moment of the machine hits all alike; the first round warms caches up.
-    times: dict[str, list[float]] = {"float": []} | {name: [] for name in rules}
-    for _ in range(8):
-        times["float"].append(trace_seconds(model, tokens))
-        for name, q in quantized.items():
-            times[name].append(trace_seconds(q, tokens))
-    base = statistics.median(times["float"][1:])
-    result["float: trace, s"] = base
+    # The models take turns and are compared within a round, so that a noisy moment of the machine hits all alike. The
+    # first round warms caches up.
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        times = {"float": trace_seconds(model, tokens)}
+        times |= {name: trace_seconds(q, tokens) for name, q in quantized.items()}
+        rounds.append(times)
+    result["float: trace, s"] = statistics.median(times["float"] for times in rounds[1:])
     for name in rules:
-        result[f"{name}: trace, multiple of float"] = statistics.median(times[name][1:]) / base
-        result[f"{name}: first trace, multiple of first float"] = times[name][0] / times["float"][0]
+        ratios = [times[name] / times["float"] for times in rounds]
+        result[f"{name}: trace, multiple of float"] = statistics.median(ratios[1:])
+        result[f"{name}: first trace, multiple of first float"] = ratios[0]
     return result
 
 

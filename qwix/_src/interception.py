@@ -190,7 +190,9 @@ class _Target:
     def dispatch(self, *args, **kwargs):
         """What is called in the place of the function, by the interceptors of this thread."""
         active = _state.active
-        if active and self.in_jax and _is_rule_of_jax(sys._getframe(2), self.function):
+        if not active:
+            return self.original(*args, **kwargs)
+        if self.in_jax and _is_rule_of_jax(sys._getframe(2), self.function):
             return self.original(*args, **kwargs)
         for i in range(len(active) - 1, -1, -1):
             handler = self.handler(active[i].mapping)
@@ -201,7 +203,7 @@ class _Target:
             if not hasattr(handler, "passive"):
                 with _activate(active[:i]):
                     return handler(*args, **kwargs)
-            if any(not hasattr(self.handler(a.mapping) or handler, "passive") for a in active[:i]):
+            if i and any(not hasattr(self.handler(a.mapping) or handler, "passive") for a in active[:i]):
                 with _activate(active[:i]):
                     return handler(self.dispatch, *args, **kwargs)
             _state.active = ()

@@ -111,9 +111,8 @@ def _jit(fun: Any, info: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if book is None:
         return original(fun, info, args, kwargs)
     if fun in _without_ops:
-        result = original(fun, info, args, kwargs)
         book.jit_has_ops = False
-        return result
+        return original(fun, info, args, kwargs)
     ops_before = book.ops
     body = interception.interception_manager.stand_in(fun)
     if body is None and fun not in _with_ops and not any(map(_of_parameters, jax.tree.leaves((args, kwargs)))):

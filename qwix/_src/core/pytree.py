@@ -18,6 +18,8 @@ there: tracers, `ShapeDtypeStruct`, `nnx.Param`, None, `object()`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -33,10 +35,14 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
-def field_names(cls: Any, *, is_static: bool) -> tuple[str, ...]:
-    """Names of the static fields, or of the array fields, of an array structure, in order."""
-    fields = dataclasses.fields(cls)
-    return tuple(f.name for f in fields if bool(f.metadata.get("static")) == is_static)
+def field_names(obj: Any, *, is_static: bool) -> tuple[str, ...]:
+    """Names of the static fields, or of the array fields, of an array structure or its class, in order."""
+    return _field_names(obj if isinstance(obj, type) else type(obj), is_static)
+
+
+@functools.cache
+def _field_names(cls: Any, is_static: bool) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls) if bool(f.metadata.get("static")) == is_static)
 
 
 def _replace(self: Any, **updates: Any) -> Any:
@@ -80,6 +86,18 @@ def is_array_structure(obj: Any) -> bool:
     return type(obj) in _structures
 
 
+def map_fields(fn: Callable[[Any], Any], obj: Any) -> Any:
+    """An array structure with `fn` applied to each array field; `obj` itself where that changes none."""
+    old = {name: getattr(obj, name) for name in field_names(obj, is_static=False)}
+    new = {name: fn(leaf) for name, leaf in old.items()}
+    if all(new[name] is old[name] for name in old):
+        return obj
+    # Not `replace`: a subclass may check its fields there, and the other fields stay what they are.
+    copy = object.__new__(type(obj))
+    copy.__dict__.update(obj.__dict__, **new)
+    return copy
+
+
 def unwrap(obj: Any) -> Any:
     """Takes arrays out of the boxes that modules keep them in (`nnx.Param`, `nn.Partitioned`).
 
@@ -90,14 +108,7 @@ def unwrap(obj: Any) -> Any:
     if obj is None or isinstance(obj, (jax.Array, np.ndarray)):
         return obj
     if is_array_structure(obj):
-        old = {name: getattr(obj, name) for name in field_names(obj, is_static=False)}
-        new = {name: unwrap(leaf) for name, leaf in old.items()}
-        if all(new[name] is old[name] for name in old):
-            return obj
-        # Not `replace`: the other fields stay as they are, whatever __init__ makes of them.
-        copy = object.__new__(type(obj))
-        copy.__dict__.update(obj.__dict__, **new)
-        return copy
+        return map_fields(unwrap, obj)
     if callable(getattr(obj, "get_value", None)):
         return unwrap(obj.get_value())
     if hasattr(obj, "value"):

@@ -157,6 +157,8 @@ class QArray:
     def astype(self, dtype: Any) -> "QArray":
         """Changes the dtype of the dequantized array; the qvalue stays as it is."""
         array = unwrap(self)
+        if array.scale.dtype == np.dtype(dtype):
+            return array
         return array.replace(scale=array.scale.astype(dtype))
 
     def __getitem__(self, idx: Any) -> "QArray":

@@ -83,7 +83,8 @@ class WithAux(Generic[ArrayTypeVar]):
     def astype(self, dtype: jax.typing.DTypeLike) -> WithAux[ArrayTypeVar]:
         """Itself with another dtype of the dequantized array."""
         value = self.value
-        return value.replace(array=value.array.astype(dtype))
+        array = value.array.astype(dtype)
+        return value if array is value.array else value.replace(array=array)
 
     def reshape(self, *shape: int | Sequence[int]) -> WithAux[ArrayTypeVar]:
         """Itself in another shape; ValueError where the scales cannot follow."""

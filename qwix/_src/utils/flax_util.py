@@ -379,6 +379,8 @@ def unbox(maybe_boxed: Any) -> Any:
         return unbox(maybe_boxed.unbox() if value is None else value)
     if isinstance(maybe_boxed, jax.Array):
         return maybe_boxed
+    if pytree.is_array_structure(maybe_boxed):
+        return pytree.map_fields(unbox, maybe_boxed)
     is_box = lambda x: isinstance(x, (nnx.Variable, nn.meta.AxisMetadata))  # noqa: E731
     return jax.tree.map(lambda x: unbox(x) if is_box(x) else x, maybe_boxed, is_leaf=is_box)
 
