@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src.core import numerics, qarray
+from qwix.contrib import input_scale
 
 
 def compute_act_scale(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -104,14 +105,7 @@ def quantize_weight(
     True
     """
     scales = search_optimal_scales(w, activation_scales, how, n_grid)
-    array = qarray.quantize_api(
-        w * scales,
-        how.qtype,
-        channelwise_axes=how.channelwise_axes,
-        tiled_axes=how.tiled_axes,
-        calibration_method=how.calibration_method,
-        scale_dtype=w.dtype,
-    )
+    array = input_scale.quantize_scaled(w, scales, how)
     return array, scales
 
 
