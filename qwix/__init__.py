@@ -12,6 +12,7 @@ from qwix._src.core.qarray import quantize_api as quantize
 from qwix._src.core.ragged_dot import ragged_dot, ragged_dot_general
 from qwix._src.model import quantize_model
 from qwix._src.providers.boxed_param import BoxedParamProvider
+from qwix._src.providers.lora import LoraProvider, LoraRule, apply_lora_to_model
 from qwix._src.providers.ptq import PtqProvider, quantize_params
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, QuantizationWarning
 from qwix._src.summary import summarize
@@ -21,12 +22,15 @@ from qwix.version import __version__ as __version__
 
 __all__ = [
     "BoxedParamProvider",
+    "LoraProvider",
+    "LoraRule",
     "PtqProvider",
     "QArray",
     "QuantStat",
     "QuantizationProvider",
     "QuantizationRule",
     "QuantizationWarning",
+    "apply_lora_to_model",
     "conv_general_dilated",
     "dequantize",
     "dot",

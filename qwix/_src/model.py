@@ -99,7 +99,7 @@ def quantize_nnx_model(
     for path, module in _modules(model):
         module.qwix_path = path
         module.disable_quant_stats_update = False
-        module.qwix_rngs = None
+        module.qwix_rngs = nnx.data(None)  # data, so that a user may set it to nnx.Rngs
     if skip_init:
         return model
     if not model_inputs and not model_inputs_kwargs and _has_required_inputs(model, call_method):
@@ -107,7 +107,7 @@ def quantize_nnx_model(
             "model inputs are needed to quantize an NNX model, as in quantize_model(model, provider, x): they tell "
             "which ops there are"
         )
-    return _first_run(model, call_method, model_inputs, model_inputs_kwargs)
+    return _first_run(model, provider, call_method, model_inputs, model_inputs_kwargs)
 
 
 def _modules(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -175,16 +175,25 @@ def _intercepted(
             finally:
                 book.roots.pop()
             if isinstance(self, nnx.Module) and not book.keep_replacements:
-                _carry_out(book.replacements, self, root)
+                _carry_out(book.additions, book.replacements, self, root, getattr(self, "qwix_rngs", None))
             return output
 
     return wrapper
 
 
 def _carry_out(
-    replacements: dict[tuple[str | int, ...], Callable[[Any], Any]], model: nnx.Module, root: tuple[str | int, ...]
+    additions: dict[tuple[str | int, ...], Callable[..., None]],
+    replacements: dict[tuple[str | int, ...], Callable[[Any], Any]],
+    model: nnx.Module,
+    root: tuple[str | int, ...],
+    rngs: nnx.Rngs | None,
 ) -> None:
-    """Puts the quantized parameters into an NNX model, for those of its parameters that a provider asked for."""
+    """Puts into an NNX model what a provider asked for: new parameters beside others, and quantized ones for others.
+
+    The new ones come first, in the order of the ops, as they may be made from the float parameters, or change them.
+    """
+    for keys in [k for k in additions if k[: len(root)] == root]:
+        additions.pop(keys)(model, keys[len(root) :], replacements.get(keys), rngs)
     for keys in [k for k in replacements if k[: len(root)] == root]:
         replace = replacements.pop(keys)
         owner, key = flax_util.get_value_from_path(model, keys[len(root) : -1]), keys[-1]
@@ -194,11 +203,17 @@ def _carry_out(
             setattr(owner, key, replace(getattr(owner, key)))
 
 
-def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nnx.Module:
+def _first_run(
+    model: nnx.Module,
+    provider: qconfig.QuantizationProvider,
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> nnx.Module:
     """Traces an NNX model once, and puts in what its provider asked for: quantized weights and new variables.
 
     The trace tells which weights to quantize, and how; that is then done one weight at a time, outside of the trace. Of
-    the model's own computation only what new variables depend on (static scales, LoRA initializers) is ever run.
+    the model's own computation only what new variables depend on (static scales) is ever run.
     """
     rngs = kwargs.get("rngs")
     for _, module in _modules(model):
@@ -218,14 +233,16 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
             kwargs["rngs"] = rngs
             if "rngs" not in inspect.signature(getattr(model, method)).parameters:
                 del kwargs["rngs"]
-            for _, module in _modules(model):
-                module.qwix_rngs = nnx.data(rngs)
+            if provider.rngs_in_modules:
+                for _, module in _modules(model):
+                    module.qwix_rngs = nnx.data(rngs)
         with provenance.session() as book:
             book.keep_replacements = book.initializing = True
+            book.first_run_of = provider
             getattr(model, method)(*args, **kwargs)
-            found["replacements"] = book.replacements
+            found["additions"], found["replacements"] = book.additions, book.replacements
         for _, module in _modules(model):
-            module.qwix_rngs = None
+            module.qwix_rngs = nnx.data(None)
             module.disable_quant_stats_update = False
         found["graphdef"], state = nnx.split(model)
         flat = dict(nnx.to_flat_state(state))
@@ -240,7 +257,7 @@ def _first_run(model: nnx.Module, method: str, args: tuple[Any, ...], kwargs: di
         variables = _evaluate(jaxpr, variables, new, (state, arrays))
     flat = {path: old.get(path, variable) for path, variable in zip(found["paths"], variables, strict=True)}
     model = nnx.merge(found["graphdef"], nnx.from_flat_state(flat.items()))
-    _carry_out(found["replacements"], model, ())
+    _carry_out(found["additions"], found["replacements"], model, (), rngs)
     return model
 
 

@@ -203,9 +203,13 @@ class _Book:
         self.roots: list[tuple[Any, tuple[str | int, ...], dict[Any, Any]]] = []
         # keys of an NNX parameter -> what has to stand there (filled by providers, carried out by `model`)
         self.replacements: dict[tuple[str | int, ...], Any] = {}
+        # keys of an NNX parameter -> what has to be created beside it, before it is replaced
+        self.additions: dict[tuple[str | int, ...], Any] = {}
         self.keep_replacements = False
         # Whether this call finds out which weights there are: `init` in Linen, the first run in NNX.
         self.initializing = False
+        # The provider that an NNX model is given in this call.
+        self.first_run_of: Any = None
         # How many ops ran so far.
         self.ops = 0
         # --- filled by `transforms` ---
@@ -424,6 +428,13 @@ def follow_same(array: Any, out: Any) -> None:
     """Remembers that `out` is what `array` is, cast or placed otherwise."""
     if _state.book is not None and out is not array and hasattr(out, "dtype") and _is_float(out):
         _track_made(out, _Made(_same, (unwrapped(array),)))
+
+
+def follow_quantized(array: Any, out: Any, change: Callable[[Any], Any]) -> None:
+    """Remembers that a quantized array is another one in another layout, known by their elements (`qvalue`)."""
+    base, made = getattr(array, "qvalue", None), getattr(out, "qvalue", None)
+    if _state.book is not None and base is not None and made is not base:
+        _track_made(made, _Made(change, (base,)))
 
 
 def _same(array: Any) -> Any:

@@ -91,6 +91,10 @@ class QuantizationProvider:
       ValueError: for a rule that contradicts itself.
     """
 
+    # Whether ops draw from `rngs=` while an NNX model is traced for the first time. A provider whose parameters are
+    # made after that leaves it, because `nnx.scan` and `nnx.vmap` can take no generator that all modules share.
+    rngs_in_modules = True
+
     def __init__(self, rules: Sequence[QuantizationRule], *, disable_jit: bool = False):
         self._rules = [self._init_rule(rule) for rule in rules]
         self._rule_matches = [0] * len(self._rules)

@@ -106,15 +106,23 @@ class _ToQuantize:
 
 
 @interception.disable_interceptions
-def run_op(op: Callable[..., Any], operands: Sequence[Any], qarray_module: Any = qarray, **kwargs: Any) -> jax.Array:
+def run_op(
+    op: Callable[..., Any],
+    operands: Sequence[Any],
+    qarray_module: Any = qarray,
+    *,
+    keep_quantized: bool = False,
+    **kwargs: Any,
+) -> jax.Array:
     """Runs an op on quantized operands, those that are `_ToQuantize` quantized first.
 
     The whole is jitted, so that ops that are equal but for the values of their operands are traced once for a model.
+    With `keep_quantized` a backward pass dequantizes anew, instead of keeping the forward's float copy until then.
     """
     hows = tuple(x.how if isinstance(x, _ToQuantize) else None for x in operands)
     arrays = [x.array if isinstance(x, _ToQuantize) else x for x in operands]
     static = tuple((name, _hashable(value)) for name, value in kwargs.items())
-    return _jitted_op(_Call(op, qarray_module, hows, static), *arrays)
+    return _jitted_op(_Call(op, qarray_module, hows, static, keep_quantized), *arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,7 @@ class _Call:
     qarray_module: Any
     hows: tuple[qarray.HowToQuantize | None, ...]
     kwargs: tuple[tuple[str, Any], ...]
+    keep_quantized: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +144,14 @@ class _EinsumOf:  # a partial that is equal to another of the same einsum
 
 
 def _run(call: _Call, *arrays: Any) -> jax.Array:
-    operands = [
-        array if how is None else call.qarray_module.quantize(array, how)
-        for array, how in zip(arrays, call.hows, strict=True)
-    ]
-    return call.op(*operands, **dict(call.kwargs))
+    def run(*arrays: Any) -> jax.Array:
+        operands = [
+            array if how is None else call.qarray_module.quantize(array, how)
+            for array, how in zip(arrays, call.hows, strict=True)
+        ]
+        return call.op(*operands, **dict(call.kwargs))
+
+    return (jax.checkpoint(run) if call.keep_quantized else run)(*arrays)
 
 
 _run.__name__ = "qwix_op"
@@ -183,6 +195,9 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         self._dot_general_fn = _dot_general_fn
         self._einsum_fn = _einsum_fn
         self._conv_general_dilated_fn = _conv_general_dilated_fn
+
+    # How ops on quantized operands run, see `run_op`.
+    _run_op = staticmethod(run_op)
 
     def _quantize_operands(
         self,
@@ -294,7 +309,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if operands is None:
             lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
             return jax.lax.dot_general(lhs, rhs, dimension_numbers, **kwargs)
-        return run_op(
+        return self._run_op(
             self._dot_general_fn, operands, self._qarray_module, dimension_numbers=dimension_numbers, **kwargs
         )
 
@@ -335,7 +350,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
                 kwargs["_dot_general"] = _dot_general
             return jnp.einsum(einsum_str, *map(provenance.unwrapped, operands), **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        return run_op(_EinsumOf(self._einsum_fn, einsum_str), quantized, self._qarray_module, **kwargs)
+        return self._run_op(_EinsumOf(self._einsum_fn, einsum_str), quantized, self._qarray_module, **kwargs)
 
     def _einsum_of_one(self, einsum_str: str, operand: Any, kwargs: dict[str, Any]) -> Any:
         def function(x: Any) -> Any:
@@ -386,14 +401,16 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if operands is None:
             lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
             return jax.lax.conv_general_dilated(lhs, rhs, **kwargs)
-        return run_op(self._conv_general_dilated_fn, operands, self._qarray_module, **kwargs)
+        return self._run_op(self._conv_general_dilated_fn, operands, self._qarray_module, **kwargs)
 
     def nn_param(self, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """`flax.linen.Module.param` that knows quantized parameters, and remembers what it hands out."""
         if module.has_variable("params", name):
             stored: Any = module.get_variable("params", name)
-            if isinstance(flax_util.unbox(stored), WithAux):
-                return flax_util.unbox(stored) if kwargs.get("unbox", True) else stored
+            unboxed = flax_util.unbox(stored)
+            if isinstance(unboxed, WithAux):
+                flax_util.track_linen_param(module, name, unboxed)
+                return unboxed if kwargs.get("unbox", True) else stored
         return qconfig.nn_param(module, name, *args, **kwargs)
 
     def promote_dtype(self, *args: Any, **kwargs: Any) -> Any:

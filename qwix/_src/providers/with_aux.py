@@ -78,7 +78,12 @@ class WithAux(Generic[ArrayTypeVar]):
         value = self.value
         if key is Ellipsis:
             return value
-        return value.replace(array=qarray.rewriting_take(value.array, key))
+        return value._laid_out(qarray.rewriting_take(value.array, key), lambda x: x[key])
+
+    def _laid_out(self, array: ArrayTypeVar, change: Callable[[Any], Any]) -> WithAux[ArrayTypeVar]:
+        """Itself with another layout of its array; `change` is what was done, as a function of arrays."""
+        provenance.follow_quantized(self.array, array, change)
+        return self.replace(array=array)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> WithAux[ArrayTypeVar]:
         """Itself with another dtype of the dequantized array."""
@@ -93,7 +98,7 @@ class WithAux(Generic[ArrayTypeVar]):
         if tuple(new) in (tuple(value.shape), (-1,) if value.ndim == 1 else None):
             return value
         try:
-            return value.replace(array=value.array.reshape(*new))
+            return value._laid_out(value.array.reshape(*new), lambda x: x.reshape(*new))
         except (ValueError, TypeError) as e:
             raise ValueError(
                 f"PTQ weights should already have the target shape. Got {self.shape=} but shape={tuple(new)} is "
@@ -103,12 +108,12 @@ class WithAux(Generic[ArrayTypeVar]):
     def transpose(self, *axes: int | Sequence[int]) -> WithAux[ArrayTypeVar]:
         """Itself with its axes permuted."""
         value = self.value
-        return value.replace(array=value.array.transpose(*axes))
+        return value._laid_out(value.array.transpose(*axes), lambda x: x.transpose(*axes))
 
     def swapaxes(self, axis1: int, axis2: int) -> WithAux[ArrayTypeVar]:
         """Itself with two axes exchanged."""
         value = self.value
-        return value.replace(array=value.array.swapaxes(axis1, axis2))
+        return value._laid_out(value.array.swapaxes(axis1, axis2), lambda x: x.swapaxes(axis1, axis2))
 
     def squeeze(self, axis: int | Sequence[int] | None = None) -> WithAux[ArrayTypeVar]:
         """Itself without axes of size 1."""
@@ -131,7 +136,7 @@ class WithAux(Generic[ArrayTypeVar]):
             )
         if isinstance(results, list):
             return [value.replace(array=array) for array in results]
-        return value.replace(array=results)
+        return value._laid_out(results, lambda x: function(x, *args, **kwargs))
 
     @staticmethod
     def concatenate(arrays: Sequence[WithAux], axis: int = 0, **kwargs) -> WithAux:

@@ -41,7 +41,7 @@ def get_current_module() -> nn.Module | nnx.Module:
     module = _current_linen_module()
     if module is not None:
         return module
-    for module in _nnx_modules_on_stack():
+    for module in running_nnx_modules():
         return module
     raise ValueError("not inside of a Linen or NNX module: there is no current module")
 
@@ -52,7 +52,7 @@ def _current_linen_module() -> nn.Module | None:
     return stack[-1]
 
 
-def _nnx_modules_on_stack():
+def running_nnx_modules():
     """NNX modules whose methods are running, innermost first."""
     frame: types.FrameType | None = sys._getframe(1)
     seen = None
@@ -94,15 +94,23 @@ def find_ref(x: Any) -> provenance.ParamRef | provenance.ConcatRef | None:
     """Which parameter `x` is, and the steps from it to `x`; None for anything else.
 
     Looks at what the interception of this call has followed, then, by identity, at the parameters of the modules that
-    are running.
+    are running. A quantized parameter (`WithAux`) is known by its elements: the `value` of its ref is their array.
     """
     if isinstance(x, nnx.Variable):
         x = x.get_raw_value()
     if provenance.book() is None:
         return None
+    x = _elements(x)
     if not all(map(provenance.is_known, provenance.origins(x))):
         _track_running_modules()
     return provenance.lookup(x)
+
+
+def _elements(value: Any) -> Any:
+    """The array that a parameter is known by: itself, or the `qvalue` of a quantized one."""
+    if hasattr(value, "apply_layout"):  # a WithAux
+        return unbox(getattr(value.array, "qvalue", value.array))
+    return value
 
 
 def _track_running_modules() -> None:
@@ -112,7 +120,7 @@ def _track_running_modules() -> None:
     if module is not None:
         _track_linen_params(module)
         return
-    for depth, module in enumerate(_nnx_modules_on_stack()):
+    for depth, module in enumerate(running_nnx_modules()):
         # The values of a module that was seen may have changed since, which is worth a look at the innermost only.
         if id(module) not in book.modules or depth == 0:
             _track_nnx_params(module, book.modules)
@@ -128,11 +136,11 @@ def track_nnx_model(model: nnx.Module) -> None:
 def _track_nnx_params(module: nnx.Module, seen: dict[int, Any]) -> None:
     root = getattr(module, "qwix_path", ())
     if id(module) in seen:
-        pairs = [((name,), v) for name, v in vars(module).items() if _kind(type(v)) == "variable"]
+        pairs = [((name,), v) for name, v in vars(module).items() if _kind(type(v)) in ("variable", "quantized")]
     else:
         pairs = list(_walk_variables(module, (), seen))
     for path, variable in pairs:
-        value = variable.get_raw_value()
+        value = variable.get_raw_value() if isinstance(variable, nnx.Variable) else _elements(variable)
         if not provenance.is_known(value) and hasattr(value, "shape"):
             provenance.track(value, provenance.ParamRef(None, (*root, *path), value))
 
@@ -141,6 +149,8 @@ def _kind_of_type(cls: type) -> str:
     # Once a type: `isinstance` of NNX's classes is slow, and this sees every attribute of every module.
     if issubclass(cls, nnx.Variable):
         return "variable" if issubclass(cls, nnx.Param) else ""  # a cache or a statistic is no weight
+    if hasattr(cls, "apply_layout"):  # WithAux
+        return "quantized"
     if issubclass(cls, nnx.Pytree):  # nnx.Module is one, a class of the user's may be another
         return "module"
     if issubclass(cls, (nnx.Dict, dict)):
@@ -152,9 +162,9 @@ _kind: Callable[[type], str] = functools.cache(_kind_of_type)
 
 
 def _walk_variables(node: Any, path: tuple[str | int, ...], seen: dict[int, Any]):
-    """(path, parameter) of the parameters below an NNX module, each once; those of array structures are left out."""
+    """(path, parameter) of the parameters below an NNX module, each once; a quantized one is a whole."""
     kind = _kind(type(node))
-    if kind == "variable":
+    if kind in ("variable", "quantized"):
         yield path, node
         return
     if not kind or id(node) in seen:
@@ -179,6 +189,7 @@ def _track_linen_params(module: nn.Module) -> None:
 
 def track_linen_param(module: nn.Module, name: str, value: Any) -> None:
     """Remembers that `value` is what `module.param(name, ...)` handed out."""
+    value = _elements(value)
     if hasattr(value, "shape") and not provenance.is_known(value):
         depth = provenance.book().depth  # type: ignore[union-attr]
         provenance.track(value, provenance.ParamRef(module, (*module.path, name), value, depth=depth))
@@ -280,6 +291,16 @@ def get_or_create_param(
     elif not need_rng:
         _check_shape(getattr(module, name), init_fn, name)
     return unbox(getattr(module, name))
+
+
+def linen_param(module: nn.Module, name: str, init_fn: Callable[[jax.Array], Any]) -> Any:
+    """The parameter `name` of a Linen module, unboxed, created from a key if it is not there.
+
+    Unlike `get_or_create_param`, it may be called while another module runs, such as the owner's parent.
+    """
+    if module.has_variable("params", name):
+        return unbox(module.get_variable("params", name))
+    return unbox(module.scope.param(name, init_fn))  # type: ignore[union-attr]
 
 
 def get_or_create_variable(
