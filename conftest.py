@@ -8,7 +8,15 @@ import os
 from pathlib import Path
 
 # JAX reads the flag once, when its backend starts, so it stands before any import of jax.
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+# Most of the tests' time is compiling programs that run once, so the compiler is told not to try hard.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+).strip()
 
 import hypothesis
 import jax

@@ -18,6 +18,7 @@ from qwix._src.qconfig import QuantizationProvider, QuantizationRule, Quantizati
 from qwix._src.summary import summarize
 from qwix._src.utils.checkpoint_util import process_prequantized_params, restore_quantization_rules
 from qwix._src.utils.flax_util import QuantStat
+from qwix.applying import apply_recipe
 from qwix.version import __version__ as __version__
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizationRule",
     "QuantizationWarning",
     "apply_lora_to_model",
+    "apply_recipe",
     "conv_general_dilated",
     "dequantize",
     "dot",

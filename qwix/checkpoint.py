@@ -160,9 +160,16 @@ def _value(leaf: Any) -> Any:
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
-def stored_bytes(model: nnx.Module) -> dict[str, int]:
-    """Bytes that `save` writes for each array of `model`, by name."""
-    return {name: _to_file(name, np.asarray(_value(leaf))).nbytes for _, name, leaf in _flatten(model)}
+def stored_bytes(model: nnx.Module | Mapping[str, Any]) -> dict[str, int]:
+    """Bytes that `save` writes for each array of `model`, by name; also of a Linen model's parameters."""
+    if isinstance(model, nnx.Module):
+        leaves = [(name, _value(leaf)) for _, name, leaf in _flatten(model)]
+    else:
+        leaves = [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+        ]
+    return {name: _to_file(name, np.asarray(leaf)).nbytes for name, leaf in leaves}
 
 
 def save(

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from qwix import checkpoint, comparison, data, recipes, report
+import qwix
+from qwix import applying, checkpoint, comparison, data, recipes, report
 from qwix.models import bert, packages, quantized
 from qwix.version import __version__
 
@@ -121,9 +122,9 @@ def inspect_command(
 
 def _quantize(
     work: comparison.Workload, recipe: recipes.Recipe, texts: Sequence[str]
-) -> tuple[bert.Bert, recipes.Report]:
+) -> tuple[bert.Bert, applying.Report]:
     batches = comparison.calibration_batches(work.directory, work.model.config, texts)
-    return recipes.apply_recipe(work.model, recipe, *quantized.example_inputs(), calibration=batches)
+    return qwix.apply_recipe(work.model, recipe, *quantized.example_inputs(), calibration=batches)
 
 
 def _check_reload(directory: pathlib.Path, model: bert.Bert, work: comparison.Workload) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwix import checkpoint, data, evaluation, recipes, report
+from qwix import applying, checkpoint, data, evaluation, report
 from qwix.evaluation import Track, no_progress
 from qwix.models import bert, quantized, text
 
@@ -95,7 +95,7 @@ def float_row(work: Workload) -> report.Row:
     )
 
 
-def quantized_row(work: Workload, model: bert.Bert, done: recipes.Report, track: Track = no_progress) -> report.Row:
+def quantized_row(work: Workload, model: bert.Bert, done: applying.Report, track: Track = no_progress) -> report.Row:
     """Measures a quantized model."""
     embeddings, seconds = evaluation.timed_embeddings(model, work.batches, track)
     tables = {

@@ -8,7 +8,7 @@ import shutil
 import jax.numpy as jnp
 from flax import nnx
 
-from qwix import checkpoint, recipes
+from qwix import applying, checkpoint, recipes
 from qwix.models import bert
 
 # With these beside the arrays a checkpoint can embed text.
@@ -22,7 +22,7 @@ def write(
 
     Args:
       directory: exists and is empty; `checkpoint.new_directory` makes one.
-      model: what `recipes.apply_recipe` made of a `Bert`.
+      model: what `qwix.apply_recipe` made of a `Bert`.
       recipe: the recipe.
       source: the model directory that the float model was loaded from.
     """
@@ -52,7 +52,7 @@ def load(directory: str | os.PathLike[str]) -> bert.Bert:
         path = pathlib.Path(directory) / checkpoint.MANIFEST
         raise checkpoint.CheckpointError(f"{path}: damaged ({error})") from error
     model = nnx.eval_shape(lambda: bert.Bert(config, rngs=nnx.Rngs(0)))
-    return checkpoint.load(directory, recipes.template(model, recipe, *example_inputs()))
+    return checkpoint.load(directory, applying.template(model, recipe, *example_inputs()))
 
 
 def example_inputs() -> tuple[jnp.ndarray, jnp.ndarray]:

@@ -1,0 +1,226 @@
+"""The methods that recipes name, and what a new one has to be.
+
+A method is a function of a `Job`, registered by name. Its keyword-only parameters are its settings: their
+annotations and defaults are what a recipe's stage is checked against. This is a whole one::
+
+    @method("round-up")
+    def round_up(job, *, bits: int = 8):
+        \"\"\"Quantizes to `bits`, whatever the rules say.\"\"\"
+        rules = [dataclasses.replace(rule, weight_qtype=f"int{bits}") for rule in job.rules()]
+        return job.quantize(ptq.PtqProvider(rules))
+
+A method that prepares the float model for the one after it says so, ``@method("rotate", quantizes=False)``, and
+returns a float model with the same outputs. One that looks at inputs says ``needs_data=True``, and finds
+them in `Job.batches`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import msgspec
+from flax import linen as nn
+from flax import nnx
+
+from qwix._src import model as model_lib
+from qwix._src import qconfig
+from qwix._src.providers import ptq
+from qwix._src.utils import flax_util
+
+__all__ = ["Job", "LinenModel", "RecipeError", "check_settings", "method", "names", "needs_data", "quantizes", "run"]
+
+
+class RecipeError(ValueError):
+    """A recipe that is unknown, wrong in itself or no match for the model; the message says how."""
+
+
+class LinenModel(NamedTuple):
+    """A Linen module with its variables: what `apply_recipe` makes of a Linen model.
+
+    Calling it is ``module.apply(variables, ...)``.
+    """
+
+    module: nn.Module
+    variables: Mapping[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.apply(self.variables, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    run: Callable[..., Any]
+    quantizes: bool
+    needs_data: bool
+    settings: type[msgspec.Struct]
+
+
+_METHODS: dict[str, _Method] = {}
+
+
+def method(name: str, *, quantizes: bool = True, needs_data: bool = False) -> Callable[..., Any]:
+    """Registers a function of a `Job` as a method for recipes; see the module's docstring.
+
+    Args:
+      name: what recipes call it.
+      quantizes: whether it may be a recipe's last stage; otherwise it prepares a float model.
+      needs_data: whether it reads `Job.batches`.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function, eval_str=True)
+        fields = [
+            (p.name, p.annotation, p.default)
+            for p in signature.parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        settings = msgspec.defstruct(f"{name} settings", fields, forbid_unknown_fields=True)
+        _METHODS[name] = _Method(function, quantizes, needs_data, settings)
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    """The methods that there are."""
+    return list(_METHODS)
+
+
+def _get(name: str) -> _Method:
+    if name not in _METHODS:
+        raise RecipeError(f"method {name!r} is none of {', '.join(_METHODS)}")
+    return _METHODS[name]
+
+
+def quantizes(name: str) -> bool:
+    """Whether a method quantizes, and so comes last; otherwise it prepares."""
+    return _get(name).quantizes
+
+
+def needs_data(name: str) -> bool:
+    """Whether a method looks at calibration inputs."""
+    return _get(name).needs_data
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises `RecipeError` if there is no such method, or a setting is unknown or of the wrong type."""
+    try:
+        msgspec.convert(dict(settings), _get(name).settings)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{name}: {error}") from error
+
+
+def run(stage: Mapping[str, Any], job: "Job") -> Any:
+    """Carries out one stage of a recipe; returns the model after it."""
+    settings = msgspec.convert({k: v for k, v in stage.items() if k != "method"}, _get(stage["method"]).settings)
+    return _get(stage["method"]).run(job, **msgspec.structs.asdict(settings))
+
+
+class Job:
+    """What a method works on.
+
+    Attributes:
+      model: the float NNX module, or a `LinenModel`; not to be changed.
+      inputs: arguments of a call, whose values do not matter.
+      batches: calibration inputs as (args, kwargs), to iterate over once; empty without calibration data.
+      progress: progress(iterable, description) yields from an iterable, and shows how far it is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rules: Sequence[Any],
+        inputs: tuple[Any, ...],
+        batches: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+        progress: Callable[[Iterable[Any], str], Iterator[Any]],
+    ):
+        self.model = model
+        self._rules = rules
+        self.inputs = inputs
+        self.batches = batches
+        self.progress = progress
+
+    def rules(self, rule_type: type = qconfig.QuantizationRule) -> list[Any]:
+        """The recipe's rules for ops that multiply, as rules of a provider."""
+        return [rule.as_rule(rule_type) for rule in self._rules if not rule.is_for_tables]
+
+    def quantize(
+        self, provider: qconfig.QuantizationProvider, quantize_params: Callable[..., Any] | None = None
+    ) -> Any:
+        """The model under a provider.
+
+        Args:
+          provider: has the weights in the model that it makes, as `PtqProvider` does.
+          quantize_params: (params, abstract quantized params) -> quantized params, as pure dictionaries; None: round to
+            nearest.
+        """
+        if isinstance(self.model, LinenModel):
+            module, variables = self.model
+            quantized = model_lib.quantize_model(module, provider)
+            abstract = jax.eval_shape(quantized.init, jax.random.key(0), *self.inputs)
+            params = (quantize_params or ptq.quantize_params)(variables["params"], abstract["params"])
+            return LinenModel(quantized, {**variables, "params": params})
+        quantized = model_lib.quantize_model(self.model, provider, *self.inputs)
+        if quantize_params is not None:
+            nnx.update(quantized, quantize_params(self.params(), quantized))
+        return quantized
+
+    def params(self) -> Any:
+        """The float parameters as a pure dictionary."""
+        if isinstance(self.model, LinenModel):
+            return self.model.variables["params"]
+        return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+
+    def observe(self, provider: qconfig.QuantizationProvider) -> Any:
+        """The statistics (`quant_stats`) that a calibration provider takes of the batches."""
+        batches = self.progress(self.batches, "calibration")
+        if isinstance(self.model, LinenModel):
+            module = model_lib.quantize_model(self.model.module, provider)
+
+            @jax.jit
+            def step(variables: Any, args: Any, kwargs: Any) -> Any:
+                return module.apply(variables, *args, mutable=["quant_stats"], **kwargs)[1]["quant_stats"]
+
+            stats: Any = {}
+            for args, kwargs in batches:
+                stats = step({**self.model.variables, "quant_stats": stats}, args, kwargs)
+            return stats
+        observed = model_lib.quantize_model(self.model, provider, *self.inputs, skip_nnx_init=True)
+        call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs))
+        for args, kwargs in batches:
+            call(observed, args, kwargs)
+        return nnx.to_pure_dict(nnx.state(observed, flax_util.QuantStat))
+
+
+def check_used(provider: qconfig.QuantizationProvider) -> None:
+    """Raises `RecipeError` if a rule matched nothing."""
+    if unused := provider.get_unused_rules():
+        raise RecipeError(f"matched nothing in this model: {unused[0]}")
+
+
+# --- the methods of this package -------------------------------------------------------------------
+
+
+@method("round-to-nearest")
+def _round_to_nearest(job: Job) -> Any:
+    provider = ptq.PtqProvider(job.rules())
+    quantized = job.quantize(provider)
+    check_used(provider)
+    return quantized
+
+
+@method("awq", needs_data=True)
+def _awq(job: Job, *, n_grid: int = 20) -> Any:
+    from qwix.contrib import awq
+
+    rules = job.rules(awq.AwqRule)
+    provider = awq.AwqCalibrationProvider(rules)
+    stats = job.observe(provider)
+    check_used(provider)
+
+    def quantize_params(params: Any, abstract: Any) -> Any:
+        return awq.quantize_params(params, abstract, stats, n_grid=n_grid)
+
+    return job.quantize(awq.AwqInferenceProvider(rules), quantize_params)
