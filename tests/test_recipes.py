@@ -54,6 +54,8 @@ class Mlp(nnx.Module):
 
 IDS = jnp.arange(12).reshape(3, 4)
 
+run = nnx.jit(lambda model, *inputs: model(*inputs))
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -357,14 +359,14 @@ def test_stages_run_in_order_on_one_reading_of_the_data(model, doubling):
         Recipe("staged", rules, stages=("doubling",))
 
 
-@pytest.mark.parametrize("name", ["int8", "nf4", "mxfp4"])
+@pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_a_checkpoint_gives_the_same_outputs(tiny_bert, tmp_path, name):
     ids, mask = jnp.array([[2, 5, 7, 3]]), jnp.ones((1, 4), bool)
-    rules = [dict(rule) for rule in recipes.get_recipe(name).rules]
-    model, report = qwix.apply_recipe(bert.load(tiny_bert), Recipe(name=name, rules=tuple(rules)), ids, mask)
+    recipe = Recipe(name=name, rules=recipes.get_recipe(name).rules)
+    model, report = qwix.apply_recipe(bert.load(tiny_bert), recipe, ids, mask)
     quantized.write(tmp_path, model, report.recipe, tiny_bert)
     restored = quantized.load(tmp_path)
-    np.testing.assert_array_equal(restored(ids, mask), model(ids, mask))
+    np.testing.assert_array_equal(run(restored, ids, mask), run(model, ids, mask))
     assert (tmp_path / "tokenizer.json").read_bytes() == (tiny_bert / "tokenizer.json").read_bytes()
 
 
@@ -394,5 +396,5 @@ def test_weight_only_is_the_float_model_with_rounded_weights(tiny_bert):
         put(variable, np.clip(np.round(w / scale), -top - 1, top) * scale)
     ids, mask = jnp.array([[2, 5, 7, 3], [2, 9, 3, 0]]), jnp.array([[1, 1, 1, 1], [1, 1, 1, 0]])
     result, _ = qwix.apply_recipe(model, "int4-g32", ids, mask)
-    np.testing.assert_allclose(result(ids, mask), rounded(ids, mask), atol=2e-6)
-    assert np.abs(result(ids, mask) - model(ids, mask)).max() > 1e-3
+    np.testing.assert_allclose(run(result, ids, mask), run(rounded, ids, mask), atol=2e-6)
+    assert np.abs(run(result, ids, mask) - run(model, ids, mask)).max() > 1e-3
