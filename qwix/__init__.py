@@ -3,6 +3,7 @@
 The public names of the library; everything here is defined in a module of `qwix._src`.
 """
 
+from qwix._src.adapted_model import add_adapter, lora_params, merge_lora, set_adapter
 from qwix._src.core.conv_general import conv_general_dilated
 from qwix._src.core.dot import dot
 from qwix._src.core.dot_general import dot_general
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizationProvider",
     "QuantizationRule",
     "QuantizationWarning",
+    "add_adapter",
     "apply_lora_to_model",
     "apply_recipe",
     "conv_general_dilated",
@@ -38,6 +40,8 @@ __all__ = [
     "dot",
     "dot_general",
     "einsum",
+    "lora_params",
+    "merge_lora",
     "process_prequantized_params",
     "quantize",
     "quantize_model",
@@ -45,5 +49,6 @@ __all__ = [
     "ragged_dot",
     "ragged_dot_general",
     "restore_quantization_rules",
+    "set_adapter",
     "summarize",
 ]

@@ -26,7 +26,7 @@ ALIASES = {
 }
 
 # Public names of `qwix` beyond the interface facts.
-ADDED = {"QuantizationWarning", "summarize"}
+ADDED = {"QuantizationWarning", "add_adapter", "lora_params", "merge_lora", "set_adapter", "summarize"}
 
 EMPTY = inspect.Parameter.empty
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD

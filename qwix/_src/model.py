@@ -127,6 +127,7 @@ def _subclass(cls: type, methods: dict[str, Callable[..., Any]], provider: qconf
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         # provider -> records of the ops of this model, for `summarize`
+        "_qwix_methods": tuple(methods),
         "_qwix_records": {**getattr(cls, "_qwix_records", {}), provider: {}},
     }
     return type(cls)(cls.__name__, (cls,), namespace)

@@ -85,6 +85,13 @@ class Factors:
 
         return unflatten(a, self.a), unflatten(b, self.b)
 
+    def scale_columns(self, weight: jax.Array, ratio: jax.Array) -> jax.Array:
+        """A weight times one factor for each index of B's axes, such as a magnitude over a norm."""
+        own = [i for group in self.b if group is not None for i in group]
+        order = sorted(range(len(own)), key=lambda j: own[j])
+        ratio = ratio.reshape([self.shape[i] for i in own]).transpose(order)
+        return weight * ratio.reshape([n if i in own else 1 for i, n in enumerate(self.shape)])
+
     @property
     def shared(self) -> tuple[int, ...]:
         """Axes of the weight that both A and B have: each index of them has a product of its own."""

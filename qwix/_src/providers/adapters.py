@@ -68,6 +68,8 @@ class AdaptedWeight:
       views: the steps from the stored weight to the operand.
       shape: of the weight before it was quantized, without stacked axes.
       adapters: all of them.
+      keys: from its module to the weight.
+      not_mergeable: why no weight of this shape does what weight and adapter do; '' if one does.
       active: (name, share) of those that are added to the output; their updates are multiplied by the shares.
     """
 
@@ -76,6 +78,8 @@ class AdaptedWeight:
     views: tuple[provenance.View, ...]
     shape: tuple[int, ...]
     adapters: tuple[Adapter, ...]
+    keys: tuple[str | int, ...] = ()
+    not_mergeable: str = ""
     active: tuple[tuple[str, float], ...] = ((DEFAULT, 1.0),)
 
     def adapter(self, name: str) -> Adapter | None:
@@ -120,17 +124,30 @@ class AdaptedWeight:
 
         return over_leading(change, operand.ndim - len(self.factors.shape))(operand)
 
-    def delta(self, owner: Any, weight: str) -> jax.Array | None:
-        """What the active adapters add to the stored weight, float32; None if that is nothing (DoRA is left out)."""
-        total = None
+    def merged(self, stored: jax.Array, values: dict[str, dict[str, jax.Array]]) -> jax.Array:
+        """The stored weight with its active adapters in it, float32.
+
+        Args:
+          stored: the float weight in the layout that it is stored in.
+          values: name of an adapter -> its 'a', 'b' and maybe 'm'.
+        """
+        base = self.to_operand(stored.astype(jnp.float32))
+        extra = base.ndim - len(self.factors.shape)
+        total = base
         for name, share in self.active:
             adapter = self.adapter(name)
             if adapter is None:
                 continue
-            a, b = (flax_util.unbox(getattr(owner, adapter.attribute(weight, part))) for part in "ab")
-            update = share * adapter.scaling * self.factors.product(a, b)
-            total = update if total is None else total + update
-        return None if total is None else self.to_stored(total)
+            a, b = (values[name][part].astype(jnp.float32) for part in "ab")
+            total = total + share * adapter.scaling * self.factors.product(a, b)
+            if adapter.use_dora:
+                norms = over_leading(functools.partial(self._norms, adapter.scaling), extra)(base, a, b)
+                ratio = values[name]["m"].astype(jnp.float32).reshape(norms.shape) / norms
+                total = over_leading(self.factors.scale_columns, extra)(total, ratio)
+        return self.to_stored(total)
+
+    def _norms(self, scaling: float, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return low_rank.column_norms(self.factors, weight, a, b, scaling)
 
 
 def over_leading(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -143,17 +160,17 @@ def over_leading(function: Callable[..., Any], count: int) -> Callable[..., Any]
 # --- a weight's place -----------------------------------------------------------------------------
 
 
-def owner_of(model: Any, keys: tuple[str | int, ...]) -> tuple[Any, str]:
-    """The innermost module on the way to a parameter, and the parameter's name in the names beside it.
+def owner_of(model: Any, keys: tuple[str | int, ...]) -> tuple[Any, str, tuple[str | int, ...]]:
+    """The innermost module on the way to a parameter, the parameter's name in the names beside it, its keys there.
 
-    It is the parameter's own name, unless it stands in a list or a mapping: `w/0` gives 'w_0'.
+    The name is the parameter's own name, unless it stands in a list or a mapping: `w/0` gives 'w_0'.
     """
     owner, start, node = model, 0, model
     for i, key in enumerate(keys[:-1], 1):
         node = flax_util.get_value_from_path(node, (key,))
-        if isinstance(node, nnx.Module):
+        if isinstance(node, nnx.Module) and not isinstance(node, (nnx.List, nnx.Dict)):
             owner, start = node, i
-    return owner, "_".join(map(str, keys[start:]))
+    return owner, "_".join(map(str, keys[start:])), keys[start:]
 
 
 def adapted_weights(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any, str, AdaptedWeight]]:
@@ -248,7 +265,7 @@ class Addition:
         path = "/".join(map(str, keys))
         if rngs is None:
             raise ValueError(f"{path} needs random numbers for its adapter: pass rngs=nnx.Rngs(...)")
-        owner, name = owner_of(model, keys)
+        owner, name, own_keys = owner_of(model, keys)
         stored = flax_util.get_value_from_path(model, keys)
         boxed = stored.array.qvalue if isinstance(stored, WithAux) else stored
         shape = tuple(boxed.shape)
@@ -271,15 +288,18 @@ class Addition:
             )
             is_abstract = isinstance(flax_util.unbox(boxed), jax.ShapeDtypeStruct)
             values[part] = jax.eval_shape(initialize) if is_abstract else initialize()
-        method = self.rule.init_lora_weights
-        if method is not None or self.adapter.use_dora:
+        if self.rule.init_lora_weights is not None or self.adapter.use_dora:
+            if self.weight.not_mergeable:
+                raise ValueError(
+                    f"{path}: {self.weight.not_mergeable}. Leave use_dora and init_lora_weights out of its rule"
+                )
             values |= self._from_weight(model, keys, path, stored, replacement, extra, dtype, values)
         for part, value in values.items():
             setattr(owner, self.adapter.attribute(name, part), boxed_like(boxed, value, axes[part]))
         views = self.weight.views
         if replacement is not None and views and views[0].kind == "reshape":
             views = views[1:]  # that is done before it is quantized
-        before = getattr(owner, f"{name}_lora", dataclasses.replace(self.weight, views=views))
+        before = getattr(owner, f"{name}_lora", dataclasses.replace(self.weight, views=views, keys=own_keys))
         setattr(owner, f"{name}_lora", before.with_adapter(self.adapter))
         if self.adapter.dropout:
             if not hasattr(owner, "deterministic"):
@@ -392,7 +412,7 @@ def stacked_initializer(
     return jax.device_put(array, sharding["out_sharding"]) if sharding else array
 
 
-def set_at(model: nnx.Module, keys: tuple[str | int, ...], value: Any) -> None:
+def set_at(model: nnx.Module, keys: tuple[Any, ...], value: Any) -> None:
     """Puts something at a path of a model."""
     holder, key = flax_util.get_value_from_path(model, keys[:-1]), keys[-1]
     if isinstance(key, int) or isinstance(holder, dict):

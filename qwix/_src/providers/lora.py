@@ -111,6 +111,10 @@ class LoraProvider(boxed_param.BoxedParamProvider):
         if rules is not None and kwargs:
             raise ValueError(f"give rules, or the fields of one rule, not both: got rules and {sorted(kwargs)}")
         super().__init__([LoraRule(**kwargs)] if rules is None else rules, disable_jit=disable_jit)
+        # keys of the parameters that are looked up in
+        self._looked_up: set[tuple[str | int, ...]] = set()
+        # keys of a Linen parameter -> what its adapters mean, for the model that ran last
+        self.linen_weights: dict[tuple[str | int, ...], AdaptedWeight] = {}
         self._adapts_take = any("take" in rule.op_names for rule in self._rules)
 
     def _init_rule(self, rule: qconfig.QuantizationRule) -> qconfig.QuantizationRule:
@@ -204,10 +208,15 @@ class LoraProvider(boxed_param.BoxedParamProvider):
             return self._leave(found, out, "the weight is its input" if found.index == 0 else groups)
         dims = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         factors = low_rank.of_conv(dims, tuple(rhs.shape))
-        return self._adapt(found, factors, out, [lhs], _Convolution(dims, _hashable(arguments)))
+        is_grouped = feature_group_count * batch_group_count > 1
+        reason = "it is a kernel of several feature groups, and B mixes the groups" if is_grouped else ""
+        return self._adapt(found, factors, out, [lhs], _Convolution(dims, _hashable(arguments)), reason)
 
     def _take(self, a: Any, indices: Any, axis: int | None = None, **kwargs: Any) -> jax.Array:
         """`jax.numpy.take`, with the update of the table."""
+        ref = flax_util.find_ref(a) if hasattr(a, "dtype") else None
+        if isinstance(ref, provenance.ParamRef):
+            self._looked_up.add(ref.keys)
         found = self._find_weight("take", (a,)) if self._adapts_take and axis is not None else None
         out = super()._take(a, indices, axis, **kwargs)
         if found is None:
@@ -250,7 +259,13 @@ class LoraProvider(boxed_param.BoxedParamProvider):
         return out
 
     def _adapt(
-        self, found: _Found, factors: low_rank.Factors, out: jax.Array, others: Sequence[Any], op: Any
+        self,
+        found: _Found,
+        factors: low_rank.Factors,
+        out: jax.Array,
+        others: Sequence[Any],
+        op: _Contraction | _Convolution | _Lookup,
+        not_mergeable: str = "",
     ) -> jax.Array:
         """The output of an op with what the active adapters add to it; creates the adapter if there is none."""
         ref = found.ref
@@ -261,10 +276,17 @@ class LoraProvider(boxed_param.BoxedParamProvider):
         found = dataclasses.replace(found, ref=_outside_of_map(ref))
         if any(view.kind == "map" for view in found.ref.views):
             return self._leave(found, out, "jax.vmap takes an axis of the parameter away; use nnx.vmap")
+        if found.op_name != "take" and ref.keys in self._looked_up:
+            not_mergeable = f"it is a table as well, whose lookups have no adapter, beside the {found.op_name}"
         weight = AdaptedWeight(
-            found.op_name, factors, found.ref.views, tuple(found.ref.value.shape), (found.rule_adapter,)
+            found.op_name,
+            factors,
+            found.ref.views,
+            tuple(found.ref.value.shape),
+            (found.rule_adapter,),
+            not_mergeable=not_mergeable,
         )
-        parts = _linen_parts(found, weight) if ref.module is not None else self._nnx_parts(found, weight)
+        parts = self._linen_parts(found, weight) if ref.module is not None else self._nnx_parts(found, weight)
         others = [provenance.unwrapped(x) for x in others]
         for adapter, share, values in parts:
             key = _dropout_key(found, adapter)
@@ -278,8 +300,35 @@ class LoraProvider(boxed_param.BoxedParamProvider):
             )
         return out
 
+    def _linen_parts(self, found: _Found, weight: AdaptedWeight) -> list[tuple[Adapter, float, dict[str, Any]]]:
+        """A and B of a weight of a Linen module, which are created while it is initialized."""
+        module, adapter, rule = found.ref.module, found.rule_adapter, found.rule
+        if rule.use_dora or rule.init_lora_weights is not None:
+            raise ValueError(
+                f"{found.ref.path}: use_dora and init_lora_weights start from the trained weights, which a Linen model has "
+                "not when it is initialized: use NNX, or leave them out"
+            )
+        root, _ = self._running_model()
+        self.linen_weights[found.ref.keys[len(root) :]] = weight
+        axes = adapters.part_axes(weight)
+        values = {}
+        initializers = {"a": rule.lora_a_initializer, "b": rule.lora_b_initializer}
+        for part, shape in zip("ab", weight.factors.shapes(adapter.rank), strict=True):
+
+            def init(key: jax.Array, part: str = part, shape: tuple[int, ...] = shape) -> Any:
+                stored = module.get_variable("params", found.ref.name)
+                unboxed = flax_util.unbox(stored)
+                boxed = stored.array.qvalue if isinstance(unboxed, WithAux) else stored
+                sharding = adapters.explicit_sharding(boxed, axes[part], shape)
+                value = initializers[part](key, shape, unboxed.dtype, **sharding)
+                return adapters.boxed_like(boxed, value, axes[part])
+
+            name = adapter.attribute(found.ref.name, part)
+            values[part] = flax_util.linen_param(module, name, init)
+        return [(adapter, 1.0, values)]
+
     def _nnx_parts(self, found: _Found, weight: AdaptedWeight) -> list[tuple[Adapter, float, dict[str, Any]]]:
-        owner, name = _running_owner(found.ref.keys)
+        owner, name, _ = _running_owner(found.ref.keys)
         known: AdaptedWeight | None = getattr(owner, f"{name}_lora", None)
         book = provenance.book()
         assert book is not None
@@ -371,7 +420,7 @@ class _Found:
         return Adapter(adapters.DEFAULT, rule.rank, rule.scaling, rule.dropout, rule.use_dora)
 
 
-def _running_owner(keys: tuple[str | int, ...]) -> tuple[Any, str]:
+def _running_owner(keys: tuple[str | int, ...]) -> tuple[Any, str, tuple[str | int, ...]]:
     """`adapters.owner_of` among the running modules: under `nnx.scan` these hold what is there for one step."""
     for module in flax_util.running_nnx_modules():
         path = getattr(module, "qwix_path", None)
@@ -387,37 +436,11 @@ def _outside_of_map(ref: provenance.ParamRef) -> provenance.ParamRef:
     shape, views = list(ref.value.shape), list(ref.views)
     while views and views[0].kind == "map":
         del shape[views.pop(0).arg[0]]
-    module, name = _running_owner(ref.keys)
+    module, name, _ = _running_owner(ref.keys)
     here = getattr(module, name, None)
     if here is None or tuple(here.shape) != tuple(shape):
         return ref  # the module is outside of the map
     return dataclasses.replace(ref, views=tuple(views), value=jax.ShapeDtypeStruct(tuple(shape), ref.value.dtype))
-
-
-def _linen_parts(found: _Found, weight: AdaptedWeight) -> list[tuple[Adapter, float, dict[str, Any]]]:
-    """A and B of a weight of a Linen module, which are created while it is initialized."""
-    module, adapter, rule = found.ref.module, found.rule_adapter, found.rule
-    if rule.use_dora or rule.init_lora_weights is not None:
-        raise ValueError(
-            f"{found.ref.path}: use_dora and init_lora_weights start from the trained weights, which a Linen model has "
-            "not when it is initialized: use NNX, or leave them out"
-        )
-    axes = adapters.part_axes(weight)
-    values = {}
-    initializers = {"a": rule.lora_a_initializer, "b": rule.lora_b_initializer}
-    for part, shape in zip("ab", weight.factors.shapes(adapter.rank), strict=True):
-
-        def init(key: jax.Array, part: str = part, shape: tuple[int, ...] = shape) -> Any:
-            stored = module.get_variable("params", found.ref.name)
-            unboxed = flax_util.unbox(stored)
-            boxed = stored.array.qvalue if isinstance(unboxed, WithAux) else stored
-            sharding = adapters.explicit_sharding(boxed, axes[part], shape)
-            value = initializers[part](key, shape, unboxed.dtype, **sharding)
-            return adapters.boxed_like(boxed, value, axes[part])
-
-        name = adapter.attribute(found.ref.name, part)
-        values[part] = flax_util.linen_param(module, name, init)
-    return [(adapter, 1.0, values)]
 
 
 def _dropout_key(found: _Found, adapter: Adapter) -> jax.Array | None:
@@ -427,7 +450,7 @@ def _dropout_key(found: _Found, adapter: Adapter) -> jax.Array | None:
     if found.ref.module is not None:
         module: Any = flax_util.get_current_module()
         return None if module.is_initializing() else module.make_rng("dropout")
-    owner, _ = _running_owner(found.ref.keys)
+    owner, _, _ = _running_owner(found.ref.keys)
     if owner.deterministic:
         return None
     rngs = owner.qwix_rngs if owner.qwix_rngs is not None else owner.lora_rngs

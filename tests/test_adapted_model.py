@@ -1,0 +1,194 @@
+"""Merging, exchanging and mixing adapters: outputs before and after, and weights written out in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import qwix
+from qwix._src.providers.with_aux import WithAux
+
+NORMAL = nnx.initializers.normal(0.3)
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(a, b, rtol=1e-4, atol=1e-4):
+    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=atol)
+
+
+def lora(model, x, seed=1, **rule):
+    rule = {"rank": 3, "alpha": 3.0, "lora_b_initializer": NORMAL} | rule
+    return qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule), x, rngs=nnx.Rngs(seed))
+
+
+class Model(nnx.Module):
+    """A projection to heads and back, einsum kernels in a list, a transposed table and a convolution."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(20, 16, rngs=rngs)
+        self.head = nnx.Embed(20, 16, rngs=rngs)
+        self.split = nnx.LinearGeneral((16,), (4, 4), rngs=rngs)
+        self.join = nnx.LinearGeneral((4, 4), (16,), axis=(-2, -1), rngs=rngs)
+        self.kernels = nnx.List([nnx.Param(normal(16, 2, 8)), nnx.Param(normal(2, 8, 16))])
+        self.conv = nnx.Conv(16, 16, (3,), rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        x = x + self.join(self.split(x))
+        hidden = jnp.einsum("btd,dnh->btnh", x, self.kernels[0][...])
+        x = x + jnp.einsum("btnh,nhd->btd", hidden, self.kernels[1][...])
+        return self.head.attend(self.conv(x))
+
+
+IDS = jnp.array([[1, 5, 9, 3], [0, 2, 2, 19]])
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("weight_qtype", [None, "nf4"])
+def test_merged_model_computes_the_same(weight_qtype, use_dora):
+    model = lora(Model(nnx.Rngs(0)), IDS, weight_qtype=weight_qtype, use_dora=use_dora)
+    merged = qwix.merge_lora(model)
+    close(merged(IDS), model(IDS), atol=2e-3)
+    assert type(merged) is Model
+    original = nnx.state(Model(nnx.Rngs(0)))
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(merged))) == jax.tree.map(
+        jnp.shape, nnx.to_pure_dict(original)
+    )
+    assert hasattr(model.split, "kernel_lora_a")  # the given model is left alone
+    assert set(vars(merged.split)) == set(vars(Model(nnx.Rngs(0)).split))
+
+
+def test_requantized_model_is_within_the_error_of_the_format():
+    model = lora(Model(nnx.Rngs(0)), IDS, weight_qtype="int8")
+    merged = qwix.merge_lora(model, requantize=True)
+    assert isinstance(merged.split.kernel, WithAux) and not hasattr(merged.split, "kernel_lora_a")
+    assert merged.split.kernel.array.qvalue.dtype == jnp.int8
+    expected = np.asarray(model(IDS))
+    assert np.linalg.norm(merged(IDS) - expected) < 0.02 * np.linalg.norm(expected)
+    close(nnx.jit(lambda m, x: m(x))(merged, IDS), merged(IDS))
+    float_base = lora(Model(nnx.Rngs(0)), IDS)
+    close(qwix.merge_lora(float_base, requantize=True)(IDS), float_base(IDS), atol=2e-3)
+
+
+def test_merged_stack():
+    class Stack(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda r: nnx.Linear(8, 8, rngs=r), in_axes=0, out_axes=0)
+            self.layers = make(rngs.split(3))
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, m: m(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+    x = normal(2, 8)
+    for weight_qtype, use_dora in ((None, True), ("int8", False)):
+        model = lora(Stack(nnx.Rngs(0)), x, weight_qtype=weight_qtype, use_dora=use_dora)
+        close(qwix.merge_lora(model)(x), model(x))
+
+
+def test_a_table_with_an_adapter_for_its_logits_only_is_not_merged():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.embed = nnx.Embed(20, 16, rngs=nnx.Rngs(0))
+
+        def __call__(self, ids):
+            return self.embed.attend(self.embed(ids))
+
+    with pytest.raises(ValueError, match=r"embed/embedding.*table"):
+        qwix.merge_lora(lora(Tied(), IDS))
+
+
+def test_grouped_convolution_is_not_merged():
+    x = normal(1, 8, 6)
+    model = lora(nnx.Conv(6, 6, (3,), feature_group_count=3, rngs=nnx.Rngs(0)), x)
+    with pytest.raises(ValueError, match="several feature groups"):
+        qwix.merge_lora(model)
+    with pytest.raises(ValueError, match="several feature groups"):
+        lora(nnx.Conv(6, 6, (3,), feature_group_count=3, rngs=nnx.Rngs(0)), x, use_dora=True)
+
+
+@pytest.mark.parametrize("weight_qtype", [None, "int8"])
+def test_linen(weight_qtype):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.DenseGeneral(12, axis=(-2, -1), name="join")(nn.DenseGeneral((4, 5), name="split")(x))
+            init = nn.with_partitioning(nn.initializers.normal(), ("a", "b"))
+            return nn.Dense(3, name="dense", kernel_init=init)(x)
+
+    x = normal(2, 12)
+    provider = qwix.LoraProvider(rank=2, alpha=6.0, lora_b_initializer=NORMAL, weight_qtype=weight_qtype)
+    model = qwix.apply_lora_to_model(Block(), provider)
+    variables = model.init(jax.random.key(0), x)
+    merged = qwix.merge_lora(model, variables["params"])
+    assert merged["dense"]["kernel"].names == ("a", "b")
+    assert merged["split"]["kernel"].shape == (12, 4, 5)
+    close(Block().apply({"params": merged}, x), model.apply(variables, x))
+    alone = qwix.lora_params(variables["params"])
+    assert set(alone) == {"join", "split", "dense"} and set(alone["join"]) == {"kernel_lora_a", "kernel_lora_b"}
+    with pytest.raises(ValueError, match="needs params"):
+        qwix.merge_lora(model)
+
+
+def test_adapters_are_taken_out_and_put_in():
+    x = normal(2, 8)
+    linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    first, second = lora(linear, x, seed=1), lora(linear, x, seed=2)
+    params = qwix.lora_params(first)
+    assert {path for path, _ in nnx.to_flat_state(params)} == {("kernel_lora_a",), ("kernel_lora_b",)}
+    nnx.update(second, params)
+    close(second(x), first(x))
+
+
+def test_named_adapters_are_exchanged_and_mixed():
+    x = normal(2, 8)
+    linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    model, other = lora(linear, x, seed=1), lora(linear, x, seed=2, rank=2, alpha=4.0)
+    base, default, named = (np.asarray(m(x)) for m in (linear, model, other))
+    qwix.add_adapter(model, "other", qwix.lora_params(other), alpha=4.0)
+    close(model(x), default)  # until it is chosen
+    run = nnx.jit(lambda m, x: m(x))
+    for active, expected in (
+        ("other", named),
+        (None, base),
+        ({"": 0.25, "other": 0.5}, base + 0.25 * (default - base) + 0.5 * (named - base)),
+        ("", default),
+    ):
+        qwix.set_adapter(model, active)
+        close(run(model, x), expected)
+        close(qwix.merge_lora(model)(x), expected)
+    close(jax.tree.leaves(qwix.lora_params(model, "other"))[0], other.kernel_lora_a[...])
+    grads = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    assert not np.any(grads["kernel_lora_b_other"][...])  # it does not act
+    qwix.add_adapter(model, "fresh", rngs=nnx.Rngs(3))
+    qwix.set_adapter(model, "fresh")
+    close(model(x), base)
+
+
+def test_adapters_that_do_not_fit():
+    x = normal(2, 8)
+    linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    model = lora(linear, x, use_dora=True)
+    a, b = jnp.ones((8, 2)), jnp.ones((2, 4))
+    for match, params in {
+        "only": {"kernel_lora_a": a},
+        "do not fit": {"kernel_lora_a": a, "kernel_lora_b": jnp.ones((2, 5))},
+        "no adapter there": {"kernel_lora_a": a, "kernel_lora_b": b, "down": {"kernel_lora_a": a}},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            qwix.add_adapter(model, "x", params)
+    with pytest.raises(ValueError, match="letters"):
+        qwix.add_adapter(model, "a/b", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="give the adapter's params"):
+        qwix.add_adapter(model, "x")
+    qwix.add_adapter(model, "x", {"kernel_lora_a": a, "kernel_lora_b": b})
+    with pytest.raises(ValueError, match="acts alone"):
+        qwix.set_adapter(model, {"": 0.5, "x": 0.5})
+    with pytest.raises(ValueError, match="no adapter 'y'"):
+        qwix.set_adapter(model, "y")
+    with pytest.raises(ValueError, match="no adapter 'y'"):
+        qwix.lora_params(model, "y")
