@@ -18,7 +18,7 @@ from flax import nnx
 
 from qwix._src import qconfig
 from qwix._src.core import qarray
-from qwix._src.providers import boxed_param, ptq
+from qwix._src.providers import boxed_param, input_transform, ptq
 from qwix._src.utils import flax_util
 
 
@@ -189,6 +189,7 @@ def _variables_in(node: Any) -> list[nnx.Variable]:
 
 def _param_row(path: str, value: Any, used: set[str]) -> ParamRow:
     shape = tuple(value.shape)
+    value = value.inner() if isinstance(value, input_transform.WithInputTransform) else value
     array = value.array if isinstance(value, boxed_param.WithAux) else value
     float_bytes = math.prod(shape) * np.dtype(value.dtype).itemsize
     if isinstance(array, qarray.QArray):

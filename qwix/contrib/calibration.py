@@ -539,15 +539,14 @@ def quantize_params_with_calibration(
         names = sorted({str(path[-1]) for path in stats})
         raise ValueError(f"quant_stats has no statistic named <weight>{stats_suffix}, but {', '.join(names)}")
     calibrated, others = {}, {}
-    for path, value in ptq.flatten(params):
-        target = template.get(path)
+    for path, value, target, given in template.weights(params):
         quantized = None
         if isinstance(target, ptq.WithAux) and isinstance(target.array, qarray.QArray):
             stat = stats.get((*path[:-1], f"{path[-1]}{stats_suffix}")) or default_stats(target)
             if stat is not None:
                 quantized = _quantize_stacked(path, value, target, stat, quantize_fn)
         if quantized is None:
-            others[path] = value
+            others[given[0]] = given[1]
         else:
             place = functools.partial(quantized_param.rebox, value, value_shape=tuple(quantized.array.shape))
             calibrated[path] = quantized.replace(array=jax.tree.map(place, quantized.array))

@@ -12,8 +12,8 @@ For a width n = 2^k m, m odd, H is the Kronecker product of small orthonormal ma
 
 so that it takes a few small matmuls on a reshaped array instead of one of n x n. The H_2^j are Sylvester's, and B is
 - nothing, for m = 1;
-- a Hadamard matrix of order 4 m or 8 m by Paley's constructions, where q = order - 1 is a prime, or q = order / 2 - 1 is
-  one with q = 1 mod 4 (12, 20, 28, 36, 44, 60, ...);
+- a Hadamard matrix of order 4 m or 8 m by Paley's constructions, where q = order - 1 is a prime, or q = order / 2 - 1
+  is one with q = 1 mod 4 (12, 20, 24, 36, 44, 60, ...);
 - Hartley's matrix of order m, B_ij = (cos + sin)(2 pi i j / m) / sqrt(m), else: its largest element is sqrt(2 / m).
 
 An m with too large a prime factor leaves H block-diagonal: equal blocks of the largest width that works or, if that is
@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from qwix._src import interception
 
 # Factors of this size keep a matmul of the CPU's or an accelerator's unit busy (measured on CPUs: 16 to 64 are alike).
 _LARGEST_POWER = 64
@@ -78,20 +80,18 @@ class HadamardTransform:
         Raises:
           ValueError: the axis has another size.
         """
-        self._check(x, axis)
-        return _apply(self, x, axis, False)
+        return self._run(x, axis, False)
 
     def inverse(self, x: jax.Array, axis: int = -1) -> jax.Array:
         """diag(s) H^T x along an axis: what `__call__` undoes, and undoes it."""
-        self._check(x, axis)
-        return _apply(self, x, axis, True)
+        return self._run(x, axis, True)
 
     def matrix(self) -> np.ndarray:
         """H diag(s) as an array (size, size) of float64: y = M x."""
         matrix = np.zeros((self.size, self.size))
         start = 0
         for size, count in self.blocks():
-            block = functools.reduce(np.kron, map(_factor, factors(size)), np.ones((1, 1)))
+            block: np.ndarray = functools.reduce(np.kron, map(_factor, factors(size)), np.ones((1, 1)))  # type: ignore[arg-type]
             for _ in range(count):
                 matrix[start : start + size, start : start + size] = block
                 start += size
@@ -112,9 +112,11 @@ class HadamardTransform:
             return tuple((size, count * self.size // self.block_size) for size, count in _blocks_of(self.block_size))
         return _blocks_of(self.size)
 
-    def _check(self, x: jax.Array, axis: int) -> None:
+    @interception.disable_interceptions  # its matmuls are no ops of the model
+    def _run(self, x: jax.Array, axis: int, inverse: bool) -> jax.Array:
         if x.shape[axis] != self.size:
             raise ValueError(f"a transform of size {self.size} does not fit axis {axis} of {x.shape}")
+        return _apply(self, x, axis, inverse)
 
 
 def factors(size: int) -> tuple[int, ...]:
@@ -215,7 +217,7 @@ def _transformed_blocks(transform: HadamardTransform, x: jax.Array, inverse: boo
         y = part.reshape(*x.shape[:-1], count, *orders)
         for order in orders:
             matrix = _factor(order).astype(x.dtype)
-            # Contracts the first of the factors' axes, and puts the result last: after all of them, their order is back.
+            # Contracts the first of the factors' axes, and puts the result last: in the end their order is back.
             contracted = (((x.ndim,), (0 if inverse else 1,)), ((), ()))
             y = lax.dot_general(y, matrix, contracted, precision=lax.Precision.HIGHEST)
         yield y.reshape(part.shape)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 from qwix._src import averaging
 from qwix._src.core import pytree, qarray
 from qwix._src.providers import boxed_param, quantized_param
+from qwix._src.providers.input_transform import WithInputTransform
 from qwix._src.utils import flax_util
 
 # Programs find these here.
@@ -55,7 +56,8 @@ def quantize_params(
 
     Args:
       params: pure nested dict of float arrays, maybe a subtree of the model's: `nn.unbox(variables['params'])` in
-        Linen, `nnx.to_pure_dict(nnx.state(model, nnx.Param))` in NNX.
+        Linen, `nnx.to_pure_dict(nnx.state(model, nnx.Param))` in NNX. A weight that stands transformed in the quantized
+        model (`contrib.rotation`) may be given as it is there, or as it was before.
       abstract_quantized_params: what `jax.eval_shape(quantized_model.init, ...)['params']` gives in Linen; the
         quantized model itself in NNX, maybe abstract.
       quant_stats: pure nested dict of the statistics of static-range activations: {count, sum_of_absmax}, or {count,
@@ -81,8 +83,7 @@ def quantize_params(
     """
     template = Template(abstract_quantized_params)
     result: dict[tuple[str | int, ...], Any] = {}
-    for path, value in flatten(params):
-        target = template.get(path)
+    for path, value, target, _ in template.weights(params):
         where = "/".join(map(str, path))
         if target is None:
             if not allow_extra_params:
@@ -165,8 +166,27 @@ def flatten(tree: Any, is_leaf: Any = lambda _: False) -> Iterator[tuple[tuple[s
             yield (key,), value
 
 
+class Weight(NamedTuple):
+    """A float parameter, and its place in a quantized model.
+
+    Attributes:
+      path: where it stands there.
+      value: what is to be quantized.
+      target: what stands there, unboxed; None if nothing does. Of a transformed weight, what is inside.
+      given: path and value before a transform.
+    """
+
+    path: tuple[str | int, ...]
+    value: Any
+    target: Any | None
+    given: tuple[tuple[str | int, ...], Any]
+
+
 class Template:
-    """A quantized Linen parameter tree or NNX model, as something to look up paths in."""
+    """A quantized Linen parameter tree or NNX model, as something to look up paths in.
+
+    A `WithInputTransform` is looked up and restored as what is inside of it.
+    """
 
     def __init__(self, tree: Any):
         self._is_nnx = isinstance(tree, nnx.Module)
@@ -174,12 +194,36 @@ class Template:
 
     def get(self, path: tuple[str | int, ...]) -> Any | None:
         """What stands at a path, unboxed; None if nothing does."""
+        found = self._at(path)
+        return found.inner() if isinstance(found, WithInputTransform) else found
+
+    def _at(self, path: tuple[str | int, ...]) -> Any | None:
         return flax_util.unbox(flax_util.get_value_from_path(self._tree, path))
+
+    def weights(self, params: Any) -> Iterator[Weight]:
+        """The parameters of a nested dict. One of before a transform, that the model has transformed, is transformed."""
+        for path, value in flatten(params):
+            given = path, value
+            found = self._at(path)
+            if isinstance(value, WithInputTransform):  # of a transformed Linen model
+                if not isinstance(found, WithInputTransform) or found.transforms != value.transforms:
+                    raise ValueError(
+                        f"{'/'.join(map(str, path))} is transformed in another way than the quantized model wants it: "
+                        "give its value of before the transform"
+                    )
+                value = value.inner()
+            elif isinstance(found, WithInputTransform):
+                value = found.transformed(value)
+            elif path[1:] and path[-1] == "array" and isinstance(self._at(path[:-1]), WithInputTransform):
+                path = path[:-1]  # of a transformed NNX model
+            yield Weight(path, value, self.get(path), given)
 
     def restore(self, flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
         """The nested dict of a flat one, in the form that the framework takes."""
         nested: dict[Any, Any] = {}
         for path, value in flat.items():
+            found = self._at(path)
+            value = found.holding(value) if isinstance(found, WithInputTransform) else value
             node = nested
             for key in path[:-1]:
                 node = node.setdefault(key, {})

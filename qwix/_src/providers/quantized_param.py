@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from qwix._src import provenance
 from qwix._src.core import qarray
+from qwix._src.providers.input_transform import WithInputTransform
 from qwix._src.providers.with_aux import WithAux
 from qwix._src.utils import flax_util
 
@@ -44,6 +45,8 @@ class Replacement:
 
     def __call__(self, boxed: Any) -> WithAux:
         """The quantized parameter, each leaf in a box like `boxed`."""
+        if isinstance(boxed, WithInputTransform):
+            return boxed.holding(self(boxed.array))
         value = flax_util.unbox(boxed)
         how, shape = self._for_stacked(tuple(value.shape))
         value = reshape_value(value, shape)
@@ -239,6 +242,8 @@ def _replace_linen_param(ref: provenance.ParamRef, replacement: Replacement) -> 
         return None
     boxed = module.get_variable("params", ref.name)
     current = flax_util.unbox(boxed)
+    if isinstance(current, WithInputTransform):
+        current = current.inner()
     if isinstance(current, WithAux):
         if current.how != replacement.how or tuple(current.shape) != replacement.shape:
             raise ValueError(_conflict(ref, current.how, replacement.how))

@@ -107,10 +107,10 @@ def find_ref(x: Any) -> provenance.ParamRef | provenance.ConcatRef | None:
 
 
 def _elements(value: Any) -> Any:
-    """The array that a parameter is known by: itself, or the `qvalue` of a quantized one."""
-    if hasattr(value, "apply_layout"):  # a WithAux
-        return unbox(getattr(value.array, "qvalue", value.array))
-    return value
+    """The array that a parameter is known by: itself, or what a `WithAux` holds, of a quantized one the `qvalue`."""
+    while hasattr(value, "apply_layout"):  # a WithAux, which may hold another
+        value = value.array
+    return unbox(getattr(value, "qvalue", value))
 
 
 def _track_running_modules() -> None:
