@@ -91,7 +91,7 @@ class HadamardTransform:
         matrix = np.zeros((self.size, self.size))
         start = 0
         for size, count in self.blocks():
-            block: np.ndarray = functools.reduce(np.kron, map(_factor, factors(size)), np.ones((1, 1)))  # type: ignore[arg-type]
+            block: np.ndarray = functools.reduce(np.kron, map(_factor, factors(size)), np.ones((1, 1)))
             for _ in range(count):
                 matrix[start : start + size, start : start + size] = block
                 start += size

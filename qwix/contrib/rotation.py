@@ -5,15 +5,15 @@ leaves the others with few steps of a number format. With M orthonormal,
 
     y = x W = (x M^T) (M W)                     (section 3: computational invariance)
 
-and the elements of x M^T, with M a randomized Hadamard matrix (`contrib.hadamard`), are all about as large. So are those
-of M W along the same axis. The product is exact in float; what changes is the error of quantizing both sides::
+and the elements of x M^T, with M a randomized Hadamard matrix (`contrib.hadamard`), are all about as large. So are
+those of M W along the same axis. The product is exact in float; what changes is the error of quantizing both sides::
 
     rotated = rotation.rotate(model, x)                                     # still float, the same outputs
     quantized = qwix.quantize_model(rotated, qwix.PtqProvider(rules), x)    # or GPTQ, AWQ, ...
 
 - The weights are rotated once, offline: M W stands in the model as a `WithInputTransform`.
-- The activations are rotated in each call by a fast transform, O(n log n): 3 to 5 % of the matmul that follows, and once
-  for all weights that share an input, since M depends on width and seed alone and XLA computes equal things once.
+- The activations are rotated in each call by a fast transform, O(n log n), and once for all weights that share an
+  input, since M depends on width and seed alone and XLA computes equal things once.
 - Along several contracted axes (heads and their width), each is rotated by a matrix of its own.
 
 `contrib.rotation_folding` puts rotations into the weights for good where a model's structure allows that, so that most
@@ -148,9 +148,9 @@ class RotationProvider(boxed_param.BoxedParamProvider):
     `rotate` is the shorter way. Rules may be of any type: number formats in them are not looked at. A rule matches ops
     as everywhere; of a `RotationRule` seed and block size are used, of another one their defaults.
 
-    Ops: dot_general, einsum (in each index that two operands share and the output does not have), convolutions (in their
-    input features, unless these are grouped) and ragged_dot. A weight stays as it is if its contracted axes are not axes
-    of the stored parameter, with a warning, or if both operands are weights.
+    Ops: dot_general, einsum (in each index that two operands share and the output does not have), convolutions (in
+    their input features, unless these are grouped) and ragged_dot. A weight stays as it is if its contracted axes are
+    not axes of the stored parameter, with a warning, or if both operands are weights.
 
     In a quantized model of a rotated one this provider still rotates the activations, and passes the op with what is
     inside of the `WithInputTransform` on to the other.
@@ -207,13 +207,14 @@ class RotationProvider(boxed_param.BoxedParamProvider):
             return
         (i,) = found
         weight, rule = operands[i], self._rules[index]
+        ref: Any = refs[i]
         rotation = _Rotation(getattr(rule, "seed", 0), getattr(rule, "block_size", None))
         axes = [axis for axis, label in enumerate(labels[i]) if _taker(i, label, operands, labels, out) is not None]
         how = qarray.HowToQuantize(
             qtype=weight.dtype, channelwise_axes=[axis for axis in range(weight.ndim) if axis not in axes]
         )
-        if axes and _can_follow(refs[i], axes):
-            operands[i] = _replaced(refs[i], weight, how, rotation)
+        if axes and _can_follow(ref, axes):
+            operands[i] = _replaced(ref, weight, how, rotation)
 
     def dot_general(
         self,
@@ -253,8 +254,8 @@ class RotationProvider(boxed_param.BoxedParamProvider):
 
     def conv_general_dilated(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
         """`jax.lax.conv_general_dilated`, rotated in the input features; its arguments by position or by name."""
-        names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-        names += ("feature_group_count", "batch_group_count")
+        names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"]
+        names += ["feature_group_count", "batch_group_count"]
         options = dict(zip(names, args, strict=False)) | kwargs
         numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, options.get("dimension_numbers"))
         labels: list[list[Any]] = [[None] * lhs.ndim, [None] * rhs.ndim]
@@ -299,8 +300,8 @@ def _can_follow(ref: provenance.ParamRef | provenance.ConcatRef, axes: Sequence[
     if not reshaped and (isinstance(ref, provenance.ParamRef) or ref.axis not in axes):
         return True
     warnings.warn(
-        f"{', '.join(part.path for part in parts)}: not rotated, because what the op contracts are no whole axes of the "
-        "stored parameter. Store it in the shape that the op uses.",
+        f"{', '.join(part.path for part in parts)}: not rotated, because what the op contracts are no whole axes of "
+        "the stored parameter. Store it in the shape that the op uses.",
         qconfig.QuantizationWarning,
         stacklevel=2,
     )

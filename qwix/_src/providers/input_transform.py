@@ -3,8 +3,8 @@
     x W = (x T^T) (T W),        T^T T = I
 
 T W stands in the parameter tree, in float or quantized, and the provider that runs the model applies T to the other
-operand of the op. To whatever comes after (calibration, quantization, another such transform) the op is then an ordinary
-one, of transformed activations with the array inside.
+operand of the op. To whatever comes after (calibration, quantization, another such transform) the op is then an
+ordinary one, of transformed activations with the array inside.
 
 A transform is any hashable object with `size`, `__call__(x, axis)` and `inverse(x, axis)`, orthonormal, such as
 `qwix.contrib.hadamard.HadamardTransform`.
@@ -81,7 +81,8 @@ class WithInputTransform(WithAux):
                     f"{tuple(array.shape)}: the axis would not be whole. Leave this weight untransformed."
                 )
             transforms.append((axes[0], transform))
-        return self.value.replace(array=array, transforms=tuple(transforms))  # type: ignore[call-arg]
+        value: Any = self.value
+        return value.replace(array=array, transforms=tuple(transforms))
 
     def apply_layout(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         array = self.value.array
@@ -102,15 +103,15 @@ class WithInputTransform(WithAux):
         return self._changed(results, change)
 
     def __getitem__(self, key: Any) -> WithInputTransform:
-        value = self.value
+        value: Any = self.value
         if key is Ellipsis:
-            return value  # type: ignore[return-value]
+            return value
         array = value.array
         taken = array[key] if isinstance(array, WithAux) else qarray.rewriting_take(array, key)
         return self._changed(taken, lambda x: qarray.rewriting_take(x, key))
 
     def astype(self, dtype: jax.typing.DTypeLike) -> WithInputTransform:
-        value = self.value
+        value: Any = self.value
         array = value.array.astype(dtype) if value.dtype != dtype else value.array
         provenance.follow_same(value.array, array)
         return value.replace(array=array)

@@ -201,7 +201,7 @@ class Template:
         return flax_util.unbox(flax_util.get_value_from_path(self._tree, path))
 
     def weights(self, params: Any) -> Iterator[Weight]:
-        """The parameters of a nested dict. One of before a transform, that the model has transformed, is transformed."""
+        """The parameters of a nested dict; one that stands transformed in the model but is not yet, is transformed."""
         for path, value in flatten(params):
             given = path, value
             found = self._at(path)
