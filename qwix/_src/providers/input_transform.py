@@ -36,9 +36,9 @@ class WithInputTransform(WithAux):
 
     >>> from qwix.contrib.hadamard import HadamardTransform
     >>> how = qarray.HowToQuantize(qtype=jnp.float32)
-    >>> w = WithInputTransform(jnp.array([[2.0], [0.0]]), how, transforms=((-2, HadamardTransform(2, None)),))
-    >>> jnp.asarray(w).round(4).tolist(), w.T.transforms[0][0]
-    ([[1.4142], [1.4142]], -1)
+    >>> w = WithInputTransform(jnp.eye(4), how, transforms=((-2, HadamardTransform(4, None)),))
+    >>> jnp.asarray(w)[0].tolist(), w.T.transforms[0][0]
+    ([0.5, 0.5, 0.5, 0.5], -1)
     """
 
     transforms: tuple[tuple[int, Any], ...] = pytree.static(default=())
