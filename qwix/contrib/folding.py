@@ -413,7 +413,7 @@ def _is_float(value: Any) -> bool:
     return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _dict_path(path: Sequence[Any]) -> Path:
+def _dict_path(path: Sequence[Any]) -> tuple[Any, ...]:
     """The keys of a path, without the fields of boxes."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
@@ -434,7 +434,7 @@ def apply_scales(
             factor = _take(scale.astype(jnp.float32), placement.ids) ** float(placement.exponent)
             factors[path] = factors[path] * factor if path in factors else factor
 
-    def changed(path: Path, value: Any) -> Any:
+    def changed(path: Any, value: Any) -> Any:
         if path not in factors:
             return value
         return (value.astype(jnp.float32) * factors[path]).astype(value.dtype)

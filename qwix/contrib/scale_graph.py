@@ -206,9 +206,9 @@ class Graph:
     def _append(self, eqn: Eqn) -> None:
         for var in eqn.outputs:
             self.producer[var] = len(self.eqns)
-        for var in eqn.inputs:
-            if isinstance(var, int):
-                self.consumers.setdefault(var, []).append(len(self.eqns))
+        for operand in eqn.inputs:
+            if isinstance(operand, int):
+                self.consumers.setdefault(operand, []).append(len(self.eqns))
         self.eqns.append(eqn)
 
     def _enter_scan(self, index: int, eqn: Eqn) -> None:
@@ -240,13 +240,11 @@ class Graph:
 
     def is_unchanged_by_scales(self, var: "int | Constant") -> bool:
         """Whether a variable is 0 or infinite everywhere, so that it carries any scale and none."""
-        while isinstance(var, int) and var in self.producer:
-            eqn = self.eqns[self.producer[var]]
-            if eqn.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+        if isinstance(var, int):
+            eqn = self.eqns[self.producer[var]] if var in self.producer else None
+            if eqn is None or eqn.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
                 return False
-            var = eqn.inputs[0]
-        if not isinstance(var, Constant):
-            return False
+            return self.is_unchanged_by_scales(eqn.inputs[0])
         value = np.asarray(var.value, np.float64) if np.size(var.value) == 1 else np.ones(())
         return bool(value == 0 or np.isinf(value))
 
