@@ -15,6 +15,7 @@ from qwix._src.model import quantize_model
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.lora import LoraProvider, LoraRule, apply_lora_to_model
 from qwix._src.providers.ptq import PtqProvider, quantize_params
+from qwix._src.providers.qt import QtProvider, QtRule
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, QuantizationWarning
 from qwix._src.summary import summarize
 from qwix._src.utils.checkpoint_util import process_prequantized_params, restore_quantization_rules
@@ -28,6 +29,8 @@ __all__ = [
     "LoraRule",
     "PtqProvider",
     "QArray",
+    "QtProvider",
+    "QtRule",
     "QuantStat",
     "QuantizationProvider",
     "QuantizationRule",

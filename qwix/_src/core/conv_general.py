@@ -195,7 +195,7 @@ def _conv_general_dilated(
         rhs,
         op,
         terms=math.prod(n for axis, n in enumerate(rhs.shape) if axis != rhs_features),
-        lhs_to_out=lambda x: _place_batch(x, dims, lhs.shape[lhs_batch], batch_groups),
+        lhs_to_out=lambda x: place_batch(x, dims, lhs.shape[lhs_batch], batch_groups),
         rhs_to_out=lambda x: operands.place(x, get_transpose(dims, for_lhs=False)),
         sum_lhs=sum_lhs,
         sum_rhs=sum_rhs,
@@ -225,7 +225,7 @@ def _ones_like(array: operands.MaybeQArray, axis: int, size: int, dtype: Any) ->
     return lax.full(tuple(size if a == axis else n for a, n in enumerate(array.shape)), 1, dtype)
 
 
-def _place_batch(leaf: jax.Array, dims: lax.ConvDimensionNumbers, batch: int, batch_group_count: int) -> jax.Array:
+def place_batch(leaf: jax.Array, dims: lax.ConvDimensionNumbers, batch: int, batch_group_count: int) -> jax.Array:
     """Lays a scale of the input, of size 1 but for its batch axis, on the output."""
     lhs_batch = dims.lhs_spec[0]
     if batch_group_count == 1 or leaf.shape[lhs_batch] == 1:

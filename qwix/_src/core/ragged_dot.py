@@ -14,7 +14,7 @@ Rows beyond the sum of `group_sizes` are zero.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax import lax
 from qwix._src.core import operands, qarray
 from qwix._src.core.qarray import QArray
 
-_RAGGED_DOT = lax.RaggedDotDimensionNumbers(
+RAGGED_DOT = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (1,)), ((), ())),
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[0],
@@ -58,7 +58,7 @@ def ragged_dot(
     >>> ragged_dot(jnp.ones((4, 1)), w, jnp.array([2, 1])).round(1).ravel()
     Array([1., 1., 2., 0.], dtype=float32)
     """
-    return ragged_dot_general(lhs, rhs, group_sizes, _RAGGED_DOT, precision, preferred_element_type, group_offset)
+    return ragged_dot_general(lhs, rhs, group_sizes, RAGGED_DOT, precision, preferred_element_type, group_offset)
 
 
 def ragged_dot_general(
@@ -138,39 +138,24 @@ def _contract(
     ragged_dims: lax.RaggedDotDimensionNumbers,
     precision: Any,
 ) -> jax.Array:
-    (lhs_ca, rhs_ca), (lhs_ba, rhs_ba) = dims
-    ragged = ragged_dims.lhs_ragged_dimensions[0] % lhs.ndim
-    groups = [axis % rhs.ndim for axis in ragged_dims.rhs_group_dimensions]
-    lhs_ra = [a for a in range(lhs.ndim) if a not in (*lhs_ca, *lhs_ba)]
-    rhs_ra = [a for a in range(rhs.ndim) if a not in (*rhs_ca, *rhs_ba, *groups)]
-    lead = [None] if ragged in lhs_ca else []
-    lhs_transpose = [*lead, *lhs_ba, *lhs_ra, *[None] * len(rhs_ra)]
-    rhs_transpose = [*lead, *rhs_ba, *[None] * len(lhs_ra), *rhs_ra]
+    (lhs_ca, rhs_ca), (lhs_ba, _) = dims
+    axes = _Axes.of(ragged_dims, lhs.ndim, rhs.ndim)
+    ragged, lhs_ra, rhs_ra, lhs_transpose = axes.ragged, axes.lhs_ra, axes.rhs_ra, axes.lhs_transpose
+    lhs_to_out, rhs_to_out = (
+        functools.partial(
+            scale_on_output,
+            for_lhs=for_lhs,
+            lhs_shape=lhs.shape,
+            rhs_shape=rhs.shape,
+            group_sizes=group_sizes,
+            dimension_numbers=ragged_dims,
+        )
+        for for_lhs in (True, False)
+    )
 
     def op(lhs: jax.Array, rhs: jax.Array, accumulator: np.dtype) -> jax.Array:
         applied = None if accumulator == np.int32 else precision
         return ragged_dot(lhs, rhs, precision=applied, preferred_element_type=accumulator)
-
-    def lhs_to_out(leaf: jax.Array) -> jax.Array:
-        return operands.place(leaf, lhs_transpose)
-
-    def rhs_to_out(leaf: jax.Array) -> jax.Array:
-        if not groups or leaf.shape[groups[0]] == 1:
-            return operands.place(leaf, rhs_transpose)
-        # One matrix of scales (batch..., n...) a group, and from those one a row.
-        full = [n if a in (*groups, *rhs_ba) else leaf.shape[a] for a, n in enumerate(rhs.shape)]
-        by_group = qarray.transpose_array(qarray.broadcast_to(leaf, tuple(full)), [*groups, *rhs_ba, *rhs_ra])
-        before = lhs_transpose.index(ragged)
-        rows = _group_of_rows(group_sizes, lhs.shape[ragged])
-        rows = lax.reshape(rows, (1,) * (before + 1 - rows.ndim) + rows.shape)
-        batches = [
-            lax.broadcasted_iota(np.int32, [n if a == i else 1 for a in range(rows.ndim)], i)
-            for i, n in enumerate(by_group.shape[1 : 1 + len(rhs_ba)])
-        ]
-        by_row = by_group.at[(rows, *batches)].get(mode="fill", fill_value=0)
-        inner = len(lhs_ba) + len(lhs_ra) - rows.ndim
-        shape = (*by_row.shape[: rows.ndim], *(1,) * inner, *by_row.shape[rows.ndim :])
-        return lax.reshape(by_row, shape)
 
     def sum_lhs(values: jax.Array) -> jax.Array:
         if ragged in lhs_ca:  # sums of a group: a product with ones
@@ -206,10 +191,92 @@ def _contract(
     return lax.select(inside, out, lax.full_like(out, 0))
 
 
+class _Axes(NamedTuple):
+    """Axes of the operands, all counted from the start, and where they lie on the output (None: of size 1)."""
+
+    ragged: int
+    groups: list[int]
+    rhs_ba: list[int]
+    lhs_ra: list[int]
+    rhs_ra: list[int]
+    lhs_transpose: list[int | None]
+    rhs_transpose: list[int | None]
+
+    @classmethod
+    def of(cls, ragged_dims: lax.RaggedDotDimensionNumbers, lhs_ndim: int, rhs_ndim: int) -> "_Axes":
+        dims = operands.canonical_dimension_numbers(ragged_dims.dot_dimension_numbers, (lhs_ndim, rhs_ndim))
+        (lhs_ca, rhs_ca), (lhs_ba, rhs_ba) = dims
+        ragged = ragged_dims.lhs_ragged_dimensions[0] % lhs_ndim
+        groups = [axis % rhs_ndim for axis in ragged_dims.rhs_group_dimensions]
+        lhs_ra = [a for a in range(lhs_ndim) if a not in (*lhs_ca, *lhs_ba)]
+        rhs_ra = [a for a in range(rhs_ndim) if a not in (*rhs_ca, *rhs_ba, *groups)]
+        lead = [None] if ragged in lhs_ca else []
+        lhs_transpose = [*lead, *lhs_ba, *lhs_ra, *[None] * len(rhs_ra)]
+        rhs_transpose = [*lead, *rhs_ba, *[None] * len(lhs_ra), *rhs_ra]
+        return cls(ragged, groups, list(rhs_ba), lhs_ra, rhs_ra, lhs_transpose, rhs_transpose)
+
+
+def scale_on_output(
+    scale: jax.Array,
+    for_lhs: bool,
+    lhs_shape: tuple[int, ...],
+    rhs_shape: tuple[int, ...],
+    group_sizes: jax.Array,
+    dimension_numbers: lax.RaggedDotDimensionNumbers,
+) -> jax.Array:
+    """Lays an operand's scale on the output; where groups have scales of their own, each row gets its group's.
+
+    Args:
+      scale: of the operand's rank, of size 1 along contracting axes.
+      for_lhs: which operand's.
+      lhs_shape, rhs_shape: of the operands.
+      group_sizes: as of `ragged_dot_general`.
+      dimension_numbers: likewise.
+
+    >>> by_group = jnp.array([1.0, 2.0]).reshape(2, 1, 1)
+    >>> scale_on_output(by_group, False, (3, 4), (2, 4, 5), jnp.array([2, 1]), RAGGED_DOT).ravel()
+    Array([1., 1., 2.], dtype=float32)
+    """
+    axes = _Axes.of(dimension_numbers, len(lhs_shape), len(rhs_shape))
+    if for_lhs:
+        return operands.place(scale, axes.lhs_transpose)
+    if not axes.groups or scale.shape[axes.groups[0]] == 1:
+        return operands.place(scale, axes.rhs_transpose)
+    # One matrix of scales (batch..., n...) a group, and from those one a row.
+    full = [n if a in (*axes.groups, *axes.rhs_ba) else scale.shape[a] for a, n in enumerate(rhs_shape)]
+    order = [*axes.groups, *axes.rhs_ba, *axes.rhs_ra]
+    by_group = qarray.transpose_array(qarray.broadcast_to(scale, tuple(full)), order)
+    before = axes.lhs_transpose.index(axes.ragged)
+    rows = _group_of_rows(group_sizes, lhs_shape[axes.ragged])
+    rows = lax.reshape(rows, (1,) * (before + 1 - rows.ndim) + rows.shape)
+    batches = [
+        lax.broadcasted_iota(np.int32, [n if a == i else 1 for a in range(rows.ndim)], i)
+        for i, n in enumerate(by_group.shape[1 : 1 + len(axes.rhs_ba)])
+    ]
+    by_row = by_group.at[(rows, *batches)].get(mode="fill", fill_value=0)
+    inner = len(axes.rhs_ba) + len(axes.lhs_ra) - rows.ndim
+    shape = (*by_row.shape[: rows.ndim], *(1,) * inner, *by_row.shape[rows.ndim :])
+    return lax.reshape(by_row, shape)
+
+
 def _group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
     """(..., g) sizes -> (..., rows): the group of each row, g for those beyond."""
     ends = jnp.cumsum(group_sizes, axis=-1)
     return jnp.sum(jnp.arange(rows)[:, None] >= ends[..., None, :], axis=-1)
+
+
+def window_of_groups(group_sizes: jax.Array, groups: int, group_offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sizes of `groups` groups from `group_offset` on, and the row that the first of them starts at.
+
+    >>> window_of_groups(jnp.array([3, 2, 4]), 2, jnp.array([1]))
+    (Array([2, 4], dtype=int32), Array(3, dtype=int32))
+    """
+    offset = jnp.asarray(group_offset).reshape(())
+    # Padded, for a slice that reaches beyond the end would be moved.
+    padded = jnp.pad(group_sizes, (0, groups))
+    sizes = lax.dynamic_slice_in_dim(padded, offset, groups)
+    start = jnp.sum(jnp.where(jnp.arange(group_sizes.size) < offset, group_sizes, 0))
+    return sizes, start
 
 
 def _with_offset(
@@ -233,12 +300,8 @@ def _with_offset(
             f"one axis; got lhs_ragged_dimensions={ragged_dims.lhs_ragged_dimensions}, "
             f"dot_dimension_numbers={ragged_dims.dot_dimension_numbers}, group_sizes of shape {group_sizes.shape}."
         )
-    offset = jnp.asarray(group_offset).reshape(())
     groups = rhs.shape[ragged_dims.rhs_group_dimensions[0]]
-    # Padded, for a slice that reaches beyond the end would be moved.
-    padded = jnp.pad(group_sizes, (0, groups))
-    sizes = lax.dynamic_slice_in_dim(padded, offset, groups)
-    start = jnp.sum(jnp.where(jnp.arange(group_sizes.size) < offset, group_sizes, 0))
+    sizes, start = window_of_groups(group_sizes, groups, group_offset)
 
     def roll(leaf: jax.Array) -> jax.Array:
         if leaf.shape[ragged] not in (1, lhs.shape[ragged]):
