@@ -156,8 +156,8 @@ def add_adapter(
     unknown = sorted("/".join(map(str, key)) for key in given.keys() - used)
     if unknown:
         raise ValueError(
-            f"{unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''} of the adapter {name!r} have no "
-            "place: the model has no adapter there. Apply LoRA with rules that match these weights."
+            f"{len(unknown)} arrays of the adapter {name!r} have no place, such as {unknown[0]}: the model has no "
+            "adapter there. Apply LoRA with rules that match these weights."
         )
     for owner, weight_name, weight, adapter, values in new:
         stored = flax_util.get_value_from_path(owner, weight.keys)

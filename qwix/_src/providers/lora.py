@@ -305,8 +305,8 @@ class LoraProvider(boxed_param.BoxedParamProvider):
         module, adapter, rule = found.ref.module, found.rule_adapter, found.rule
         if rule.use_dora or rule.init_lora_weights is not None:
             raise ValueError(
-                f"{found.ref.path}: use_dora and init_lora_weights start from the trained weights, which a Linen model has "
-                "not when it is initialized: use NNX, or leave them out"
+                f"{found.ref.path}: use_dora and init_lora_weights start from the trained weights, which a Linen model "
+                "has not when it is initialized: use NNX, or leave them out"
             )
         root, _ = self._running_model()
         self.linen_weights[found.ref.keys[len(root) :]] = weight
