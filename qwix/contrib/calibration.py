@@ -21,23 +21,23 @@ says what to compute, from activations laid out as (in, samples)::
 function of the method, and rounds the others to nearest.
 
 *Input features* are the elements of the weight's contracted axes, in row-major order of the axes that the
-quantized model stores it in. An op may contract several axes; batch axes count as samples, that is,
-statistics are shared over them. Both operands may be the weight, in any layout that `provenance` can
-follow, as a tied embedding's transpose.
+quantized model stores it in; see `input_features`. An op may contract several axes. Batch axes count as
+samples, that is, statistics are shared over them, unless a subclass sets `per_group`: then they are the
+first axes of its statistics, aligned with those of the weight, and so are feature groups and experts. Both
+operands may be the weight, in any layout that `provenance` can follow, as a tied embedding's transpose.
 """
 
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from qwix._src import averaging, provenance, qconfig
 from qwix._src.core import einsum as core_einsum
@@ -45,6 +45,7 @@ from qwix._src.core import operands as core_operands
 from qwix._src.core import qarray, tiling
 from qwix._src.providers import ptq, quantized_param
 from qwix._src.utils import flax_util
+from qwix.contrib import input_features
 
 _average = averaging.SimpleMovingAverage()
 
@@ -57,7 +58,14 @@ class CalibrationProvider(qconfig.QuantizationProvider):
 
     Rules of another type than `get_rule_type()`, or without `weight_qtype`, are passed over. The model's
     outputs are those of the float model.
+
+    Attributes:
+      per_group: whether a weight of several matrices has statistics for each of them: along batch axes, in the feature
+        groups of a convolution, for the experts of a ragged_dot. Without it batch axes share theirs, and the other two
+        ops are not observed.
     """
+
+    per_group: bool = False
 
     def get_rule_type(self) -> type[qconfig.QuantizationRule]:
         """The type of the rules whose ops are calibrated."""
@@ -91,7 +99,7 @@ class CalibrationProvider(qconfig.QuantizationProvider):
         if op_id is None:
             rule, op_id = self._get_current_rule_and_op_id("dot_general")
         lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
-        self._observe(lhs, rhs, dimension_numbers, rule, op_id)
+        self._observe(rule, op_id, lambda: input_features.of_dot_general(lhs, rhs, dimension_numbers))
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
 
     def einsum(self, einsum_str: str, *operands: Any, **kwargs: Any) -> jax.Array:
@@ -103,114 +111,63 @@ class CalibrationProvider(qconfig.QuantizationProvider):
         contract = kwargs.pop("_dot_general", None) or jax.lax.dot_general
 
         def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **options: Any) -> jax.Array:
-            self._observe(lhs, rhs, dimension_numbers, rule, op_id)
+            self._observe(rule, op_id, lambda: input_features.of_dot_general(lhs, rhs, dimension_numbers))
             lhs, rhs = core_operands.float_operands(lhs, rhs)
             return contract(lhs, rhs, dimension_numbers, **options)
 
         operands = tuple(map(provenance.unwrapped, operands))
         return core_einsum.einsum(einsum_str, *operands, _qwix_dot_general=dot_general, **kwargs)
 
+    def conv_general_dilated(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        """`jax.lax.conv_general_dilated`."""
+        rule, op_id = self._get_current_rule_and_op_id("conv_general_dilated")
+        lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
+        if self.per_group:
+            self._observe(rule, op_id, lambda: input_features.of_conv(lhs, rhs, *args, **kwargs))
+        return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+    def ragged_dot(self, lhs: Any, rhs: Any, group_sizes: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """`jax.lax.ragged_dot`."""
+        rule, op_id = self._get_current_rule_and_op_id("ragged_dot")
+        lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
+        if self.per_group:
+            self._observe(rule, op_id, lambda: input_features.of_ragged_dot(lhs, rhs, group_sizes, *args, **kwargs))
+        return jax.lax.ragged_dot(lhs, rhs, group_sizes, *args, **kwargs)
+
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
         return super().get_intercept_map() | {
+            "jax.lax.conv_general_dilated": self.conv_general_dilated,
             "jax.lax.dot_general": self.dot_general,
+            "jax.lax.ragged_dot": self.ragged_dot,
             "jax.numpy.einsum": self.einsum,
         }
 
     def _observe(
-        self, lhs: Any, rhs: Any, dimension_numbers: Any, rule: qconfig.QuantizationRule | None, op_id: str | None
+        self,
+        rule: qconfig.QuantizationRule | None,
+        op_id: str | None,
+        find_uses: Callable[[], Iterable[input_features.Use]],
     ) -> None:
+        """Hands the uses of weights in one op to `_collect`, if its rule is of the type that is calibrated."""
         if not isinstance(rule, self.get_rule_type()) or rule.weight_qtype is None:
             return
-        refs = [flax_util.find_ref(lhs), flax_util.find_ref(rhs)]
-        if sum(ref is not None for ref in refs) != 1:  # no weight; or two, and no activations
-            return
-        (lhs_axes, rhs_axes), _ = core_operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
-        if refs[0] is None:
-            used = _Used(refs[1], rhs.shape, rhs_axes, lhs, lhs_axes)
-        else:
-            used = _Used(refs[0], lhs.shape, lhs_axes, rhs, rhs_axes)
         assert op_id is not None
-        for part in used.parts():
+        for use in find_uses():
             try:
-                activations = part.activations_by_feature()
+                features = use.features(per_group=self.per_group)
             except ValueError as e:
                 warnings.warn(
-                    f"{part.ref.path}, {op_id}: no statistics of its activations were taken, so that it will be "
+                    f"{use.ref.path}, {op_id}: no statistics of its activations were taken, so that it will be "
                     f"rounded to nearest: {e}",
                     qconfig.QuantizationWarning,
                     stacklevel=2,
                 )
                 continue
-            self._collect_stats(activations, part.ref, op_id)
+            self._collect(features, op_id)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Used:
-    """A use of a weight: which of its axes are contracted, with which axes of which activations."""
-
-    ref: Any
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
-    activations: jax.Array
-    activation_axes: tuple[int, ...]
-
-    def parts(self) -> Iterator["_Used"]:
-        """One use for each parameter, if the weight is a concatenation."""
-        if isinstance(self.ref, provenance.ParamRef):
-            yield self
-            return
-        start = 0
-        for ref, size in zip(self.ref.parts, self.ref.sizes, strict=True):
-            axis = self.ref.axis
-            activations = self.activations
-            if axis in self.axes:
-                along = self.activation_axes[self.axes.index(axis)]
-                activations = lax.slice_in_dim(activations, start, start + size, axis=along)
-            shape = (*self.shape[:axis], size, *self.shape[axis + 1 :])
-            start += size
-            yield _Used(ref, shape, self.axes, activations, self.activation_axes)
-
-    def activations_by_feature(self) -> jax.Array:
-        """The activations as (input features, samples)."""
-        by_axis = dict(zip(self.axes, self.activation_axes, strict=True))
-        features = [by_axis[axis] for axis in sorted(by_axis)]
-        samples = [axis for axis in range(self.activations.ndim) if axis not in features]
-        order = _stored_feature_order(self.ref, self.shape, sorted(by_axis))
-        x = lax.transpose(self.activations, (*features, *samples))
-        x = x.reshape(len(order), -1)
-        return x if np.array_equal(order, np.arange(len(order))) else x[order]
-
-
-def _stored_feature_order(ref: provenance.ParamRef, shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
-    """For each input feature of the stored weight, which one of the operand it is.
-
-    Args:
-      ref: the steps from the parameter to the operand.
-      shape: the operand's.
-      axes: the operand's contracted axes, ascending.
-
-    Raises:
-      ValueError: the contracted elements are not whole axes of the stored weight.
-    """
-    views = ref.views[1:] if ref.views and ref.views[0].kind == "reshape" else ref.views
-    axes = list(axes)
-    order = np.arange(math.prod(shape[axis] for axis in axes))
-    granularity: tuple[Any, ...] = tuple(None if axis in axes else 1 for axis in range(len(shape)))
-    for view in reversed(views):
-        granularity = view.pull(granularity)
-        if view.kind == "transpose":
-            sources = [view.arg[axis] for axis in axes]
-            order = order.reshape([shape[axis] for axis in axes]).transpose(np.argsort(sources)).ravel()
-            axes = sorted(sources)
-        else:
-            axes = [axis for axis, tile in enumerate(granularity) if tile is None]
-        shape = view.in_shape
-        if math.prod(shape[axis] for axis in axes) != len(order):
-            raise ValueError(
-                f"the op contracts {len(order)} elements of it, which are not whole axes of the parameter of shape "
-                f"{shape}"
-            )
-    return order
+    def _collect(self, features: input_features.Features, op_id: str) -> None:
+        """Called for each use of a weight; groups are the business of those who set `per_group`."""
+        self._collect_stats(features.x, features.ref, op_id)
 
 
 class SinglePassCalibrationProvider(CalibrationProvider):
@@ -228,7 +185,11 @@ class SinglePassCalibrationProvider(CalibrationProvider):
         raise NotImplementedError
 
     def _collect_stats(self, lhs: jax.Array, weight: provenance.ParamRef, op_id: str) -> None:
-        stats = self.compute_stats(lhs)
+        self._collect(input_features.Features(weight, lhs), op_id)
+
+    def _collect(self, features: input_features.Features, op_id: str) -> None:
+        weight = features.ref
+        stats = features.map_groups(self.compute_stats)
         for name, value in stats.items():
             # Under jit it is only known later, and `quantize_params_with_calibration` looks again.
             if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
@@ -236,11 +197,13 @@ class SinglePassCalibrationProvider(CalibrationProvider):
                     f"{weight.path}, {op_id}: the activations hold NaN or inf, or overflow their {name}: calibrate "
                     "with other inputs, or find the layer that makes them"
                 )
-        _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats)
+        _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats, features.groups)
 
 
-def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.Array]) -> None:
-    """Averages statistics into the variable `name` next to a weight."""
+def _accumulate(
+    weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.Array], groups: tuple[int, ...] = ()
+) -> None:
+    """Averages statistics, whose first axes are those of `groups`, into the variable `name` next to a weight."""
     module = weight.module
     if module is not None:
         if not module.is_mutable_collection("quant_stats"):
@@ -250,9 +213,11 @@ def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.
         module = _nnx_owner(weight)
         variable = getattr(module, name, None)
         stored = None if variable is None else variable.get_value()
-    average = _average.init(stats) if stored is None else dict(stored)
+    average = init_stats(stats, groups) if stored is None else dict(stored)
     shapes = {name: jnp.shape(value) for name, value in average.items()}
-    if stored is not None and shapes != {n: v.shape for n, v in jax.eval_shape(_average.init, stats).items()}:
+    if stored is not None and shapes != {n: v.shape for n, v in jax.eval_shape(init_stats, stats).items()} | {
+        "count": groups
+    }:
         raise ValueError(
             f"{weight.path} is used by ops that contract different axes of it, or was calibrated with another shape: "
             f"its statistics have shapes {shapes}. Start with fresh statistics, and give one of the ops a rule of "
@@ -267,6 +232,11 @@ def _accumulate(weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.
             getattr(module, name).set_value(average)
     else:
         module.put_variable("quant_stats", name, average)
+
+
+def init_stats(stats: Mapping[str, jax.Array], groups: tuple[int, ...] = ()) -> dict[str, jax.Array]:
+    """Empty statistics; with groups, the count has their shape, which tells that there are groups."""
+    return _average.init(stats) | {"count": jnp.zeros(groups, jnp.int32)}
 
 
 def _nnx_owner(weight: provenance.ParamRef) -> nnx.Module:
@@ -563,10 +533,18 @@ def _quantize_stacked(
     stats: Mapping[str, jax.Array],
     quantize_fn: Callable[[CalibratedQuantContext], ptq.WithAux],
 ) -> ptq.WithAux | None:
-    """Quantizes a weight; one layer after the other if a scan or vmap stacked them, as the count's rank tells."""
-    if not jnp.ndim(stats["count"]):
+    """Quantizes a weight; layer by layer or group by group where the count has axes.
+
+    A count with the rank of the weight is of groups. One of a lower rank is of layers that a scan or vmap stacked.
+    """
+    rank = jnp.ndim(stats["count"])
+    if not rank:
         context = extract_calibrated_quant_context(path, weight, target, stats)
         return None if context is None else quantize_fn(context)
+    if rank == len(target.array.shape):
+        shape = tuple(target.array.shape)
+        weight = quantized_param.reshape_value(weight, shape)
+        return _quantize_groups(path, weight, target, stats, quantize_fn, axis=0)
     layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
     layers = []
     for i in range(stats["count"].shape[0]):
@@ -576,6 +554,43 @@ def _quantize_stacked(
             return None
         layers.append(quantized)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers).replace(how=target.how)
+
+
+def _quantize_groups(
+    path: tuple[str | int, ...],
+    weight: jax.Array,
+    target: ptq.WithAux,
+    stats: Mapping[str, jax.Array],
+    quantize_fn: Callable[[CalibratedQuantContext], ptq.WithAux],
+    axis: int,
+) -> ptq.WithAux | None:
+    """Quantizes a weight whose statistics have groups along its axes from `axis` on; those before were cut already."""
+    if axis == weight.ndim:
+        return _quantize_stacked(path, weight, target, stats, quantize_fn)
+    groups = stats["count"].shape[0]
+    if weight.shape[axis] % groups:
+        raise ValueError(
+            f"the statistics of {'/'.join(map(str, path))} have {groups} groups along axis {axis}, which its shape "
+            f"{weight.shape} does not: they are of another model"
+        )
+
+    def cut(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = (*leaf.shape[:axis], max(leaf.shape[axis] // groups, 1), *leaf.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    part = jax.tree.map(cut, target) if groups > 1 else target
+    size = weight.shape[axis] // groups
+    parts = []
+    for i in range(groups):
+        piece = jax.lax.slice_in_dim(weight, i * size, (i + 1) * size, axis=axis)
+        stats_of_group = {name: value[i] for name, value in stats.items()}
+        quantized = _quantize_groups(path, piece, part, stats_of_group, quantize_fn, axis + 1)
+        if quantized is None:
+            return None
+        parts.append(quantized)
+    if groups == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *parts).replace(how=target.how)
 
 
 def _nested(flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:

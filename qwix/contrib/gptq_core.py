@@ -13,9 +13,11 @@ where U is the upper Cholesky factor of H^-1 = U^T U. As in section 3, step 2, c
 each column catches up with the block's earlier ones just before its turn, and after a block one matmul updates the
 rest.
 
-Two things are different from the paper's algorithm, and change no result beyond rounding. U is found without inverting
+Three things differ from the paper's algorithm, and change no result beyond rounding. U is found without inverting
 H: with J the reversal of the order, J H J = L L^T gives U = (J L J)^-1, one Cholesky factorization and one triangular
-inverse. And a group's scale is always computed from its columns as they are when its first column's turn comes.
+inverse. A block catches up with all earlier ones when its turn comes, instead of changing all later ones after it, so
+that no more than the block is written. And a group's scale is always computed from its columns as they are when its
+first column's turn comes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwix._src import qconfig
 from qwix._src.core import numerics, qarray
 
 
@@ -39,7 +42,22 @@ def compute_hessian(X: jax.Array) -> jax.Array:
     Array([[5.]], dtype=float32)
     """
     X = X.astype(jnp.float32)
-    return jnp.matmul(X, X.T, precision=lax.Precision.HIGHEST)
+    size = X.shape[0] // _PARTS
+    if size < 128:
+        return jnp.matmul(X, X.T, precision=lax.Precision.HIGHEST)
+    # H is symmetric: half of the products of blocks of rows are enough.
+    blocks = [X[i * size : (i + 1) * size if i < _PARTS - 1 else None] for i in range(_PARTS)]
+    products = {
+        (i, j): jnp.matmul(blocks[i], blocks[j].T, precision=lax.Precision.HIGHEST)
+        for i in range(_PARTS)
+        for j in range(i + 1)
+    }
+    square = [[products[i, j] if j <= i else products[j, i].T for j in range(_PARTS)] for i in range(_PARTS)]
+    return jnp.block(square)
+
+
+# Blocks of rows in which a large Hessian is computed.
+_PARTS = 4
 
 
 def cholesky_inverse(L: jax.Array) -> jax.Array:
@@ -81,19 +99,24 @@ def quantize_weight(
     percdamp: float = 0.01,
     *,
     act_order: bool = False,
+    scale_search: int = 0,
+    name: str = "H",
 ) -> tuple[qarray.QArray, jax.Array]:
     """Quantizes a weight by GPTQ.
 
     Args:
       W: (rows = out_features, columns = in_features).
       H: (columns, columns), X X^T up to a factor; see `compute_hessian`. A column whose diagonal is 0 is dead: no input
-        ever used it, and its weights become 0.
+        ever used it, and its weights become 0. If all are, there were no inputs, and W is rounded to nearest.
       how: channelwise on axis 0 or not, tiled on axis 1 or not; any format and calibration method.
-      blocksize: columns between two updates of the whole matrix; changes speed only.
+      blocksize: columns between two updates of the rest; changes speed only. A block holds whole groups.
       percdamp: share of H's mean diagonal that is added to the diagonal. Where that leaves H without a Cholesky factor
         it is multiplied by ten until there is one, and a warning says so.
       act_order: quantize the columns in order of falling diagonal. Group scales then come from the unchanged W, since a
         group's columns are no longer neighbours in time; they stay neighbours in the result.
+      scale_search: number of ranges that are tried for each scale, from the one that `how` finds down to half of it.
+        The one with the smallest error, each column weighted with its diagonal of H, is kept. 0: the first.
+      name: of the weight, for messages.
 
     Returns:
       The QArray (rows, columns), and the loss of each element, ((w - q) / U_jj)^2, whose sum is
@@ -113,116 +136,30 @@ def quantize_weight(
     if set(how.channelwise_axes) - {0} or set(how.tiled_axes) - {1}:
         raise ValueError(f"GPTQ scales rows (axis 0) and groups of columns (axis 1 tiled), got {how}")
     qarray.get_scale_shape(W.shape, how)  # raises where a tile does not divide
-    q, losses, damping = _gptq(W, H, jnp.float32(percdamp), how, blocksize, act_order)
+    V, damping = inverse_factor(H, act_order, jnp.float32(percdamp))
+    q, losses = _gptq(W, H, V, how, blocksize, act_order, scale_search)
     if not isinstance(damping, jax.core.Tracer) and damping > percdamp * 1.5:
         warnings.warn(
-            f"H has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other "
+            f"{name} has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other "
             "calibration samples make it better conditioned.",
+            qconfig.QuantizationWarning,
             stacklevel=2,
         )
     return q, losses
 
 
-@functools.partial(jax.jit, static_argnames=("how", "blocksize", "act_order"))
-def _gptq(
-    W: jax.Array,
-    H: jax.Array,
-    percdamp: jax.Array,
-    how: qarray.HowToQuantize,
-    blocksize: int,
-    act_order: bool,
-) -> tuple[qarray.QArray, jax.Array, jax.Array]:
-    rows, columns = W.shape
-    groups = qarray.get_scale_shape(W.shape, how)[1]
-    group = columns // groups
-    # Transposed from here on: a column of W is a contiguous row.
-    dead = jnp.diag(H) == 0
-    H = H.astype(jnp.float32) + jnp.diag(dead.astype(jnp.float32))
-    Wt = jnp.where(dead[:, None], 0, W.T.astype(jnp.float32))
-    params = _group_params(Wt.reshape(groups, group, rows), how)
-    params_are_final = act_order or groups == 1
-    order = jnp.argsort(-jnp.diag(H)) if act_order else jnp.arange(columns)
+@functools.partial(jax.jit, static_argnames="act_order")
+def inverse_factor(H: jax.Array, act_order: bool, percdamp: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lower V = U^T with (H + damping)^-1 = V V^T, and the share of the mean diagonal that the damping took.
+
+    In the order in which the columns are quantized.
+    """
+    H = H.astype(jnp.float32)
+    diagonal = jnp.diag(H)
+    H = H + jnp.diag((diagonal == 0).astype(jnp.float32))
     if act_order:
-        Wt, H = Wt[order], H[order][:, order]
-    U, damping = _inverse_factor(H, percdamp)
-
-    size = _block_size(min(blocksize, columns), group, params_are_final)
-    padding = -columns % size
-    # Columns that fill up the last block, and those that a slice of a group's width may reach over the end.
-    Wt = jnp.pad(Wt, ((0, padding + group), (0, 0)))
-    U = jnp.pad(U, ((0, padding), (0, padding + group)))
-    diagonal = jnp.where(jnp.arange(columns + padding) < columns, jnp.diag(U), 1.0)
-    group_of = jnp.pad(order // group, (0, padding), mode="edge")
-
-    def block_step(carry, start):
-        Wt, params = carry
-        rows_of_U = lax.dynamic_slice_in_dim(U, start, size, 0)
-        if not params_are_final:  # no block holds the first columns of two groups
-            new = lambda: _group_params(lax.dynamic_slice_in_dim(Wt, start, group, 0)[None], how)  # noqa: E731
-            put = lambda p, n: lax.dynamic_update_slice_in_dim(p, n, start // group, 0)  # noqa: E731
-            params = lax.cond(
-                (start % group == 0) & (start < columns),
-                lambda: jax.tree.map(put, params, new()),
-                lambda: params,
-            )
-        groups_of_block = lax.dynamic_slice_in_dim(group_of, start, size, 0)
-        if not params_are_final or groups == 1:
-            of_block = jax.tree.map(lambda p: p[groups_of_block[0]], params)
-
-        def column_step(errors, x):
-            j, stale, factors, pivot, group = x
-            w = stale[None] - factors[None] @ errors  # catches up with the columns of this block before it
-            ours = jax.tree.map(lambda p: p[group], params) if params_are_final and groups > 1 else of_block
-            codes, dequantized = _round(w, how.qtype, *ours)
-            error = (w - dequantized) / pivot
-            return lax.dynamic_update_slice_in_dim(errors, error, j, 0), (codes[0], error[0] ** 2)
-
-        xs = (
-            jnp.arange(size),
-            lax.dynamic_slice_in_dim(Wt, start, size, 0),
-            lax.dynamic_slice_in_dim(rows_of_U, start, size, 1).T,
-            lax.dynamic_slice_in_dim(diagonal, start, size, 0),
-            groups_of_block,
-        )
-        errors, out = lax.scan(column_step, jnp.zeros((size, rows), jnp.float32), xs)
-        # U is upper triangular: no column before the block changes. Those of the block are not read again.
-        return (Wt - rows_of_U.T @ errors, params), out
-
-    starts = jnp.arange(0, columns + padding, size)
-    (_, params), out = lax.scan(block_step, (Wt, params), starts)
-    codes, losses = (x.reshape(columns + padding, rows)[:columns] for x in out)
-    if act_order:
-        codes, losses = (jnp.zeros_like(x).at[order].set(x) for x in (codes, losses))
-    scale, zero_point = jax.tree.map(lambda p: p[:, 0].T, params)
-    q = qarray.QArray(numerics.narrow(codes.T, how.qtype), scale.astype(W.dtype), zero_point, how.qtype)
-    return q, losses.T, damping
-
-
-def _round(w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """`quantize` for the inside of the loop: codes stay in bytes, XLA's CPU is slow with narrower ones."""
-    offset = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
-    codes = numerics.encode(w / scale + offset, qtype)
-    values = numerics.convert_from(codes, qtype)
-    if codes.dtype != numerics.storage_dtype(qtype) and not jnp.issubdtype(numerics.storage_dtype(qtype), jnp.integer):
-        values = numerics.narrow(codes, qtype)
-    return codes, (values.astype(jnp.float32) - offset) * scale
-
-
-def _group_params(columns: jax.Array, how: qarray.HowToQuantize) -> tuple[jax.Array, jax.Array | None]:
-    """Scales and zero points (groups, 1, rows or 1) of groups of columns (groups, columns of one, rows)."""
-    channelwise = (0, 2) if 0 in how.channelwise_axes else (0,)
-    return find_params(columns, dataclasses.replace(how, channelwise_axes=channelwise, tiled_axes={}))
-
-
-def _block_size(size: int, group: int, params_are_final: bool) -> int:
-    """The largest size up to `size` with which each group starts with a block, and at most one in a block."""
-    if params_are_final:
-        return size
-    return max(n for n in range(1, min(size, group) + 1) if group % n == 0)
-
-
-def _inverse_factor(H: jax.Array, percdamp: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Upper U with (H + damping)^-1 = U^T U, and the share of the mean diagonal that the damping took."""
+        order = _order(diagonal)
+        H = H[order][:, order]
     mean = jnp.mean(jnp.diag(H))
 
     def factor(share):
@@ -241,4 +178,153 @@ def _inverse_factor(H: jax.Array, percdamp: jax.Array) -> tuple[jax.Array, jax.A
     share, L = lax.while_loop(failed, grow, (percdamp, factor(percdamp)))
     upper = L[::-1, ::-1]
     eye = jnp.eye(H.shape[0], dtype=H.dtype)
-    return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False), share
+    return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False, transpose_a=True), share
+
+
+def _order(diagonal: jax.Array) -> jax.Array:
+    """Columns by falling diagonal of H; those that no input uses count as they do after damping, as 1."""
+    return jnp.argsort(-jnp.where(diagonal == 0, 1.0, diagonal))
+
+
+@functools.partial(jax.jit, static_argnames=("how", "blocksize", "act_order", "scale_search"))
+def _gptq(
+    W: jax.Array,
+    H: jax.Array,
+    V: jax.Array,
+    how: qarray.HowToQuantize,
+    blocksize: int,
+    act_order: bool,
+    scale_search: int,
+) -> tuple[qarray.QArray, jax.Array]:
+    rows, columns = W.shape
+    groups = qarray.get_scale_shape(W.shape, how)[1]
+    group = columns // groups
+    diagonal = jnp.diag(H).astype(jnp.float32)
+    dead = (diagonal == 0) & (diagonal != 0).any()
+    weights = jnp.where((diagonal == 0).all(), 1.0, diagonal)
+    # Transposed from here on: a column of W is a contiguous row.
+    Wt = jnp.where(dead[:, None], 0, W.T.astype(jnp.float32))
+
+    def group_params(columns: jax.Array, weights: jax.Array) -> Any:
+        return _group_params(columns, how, weights, scale_search)
+
+    known = act_order or groups == 1  # scales, before the first column is quantized
+    params = group_params(Wt.reshape(groups, group, rows), weights.reshape(groups, group)) if known else None
+    order = _order(diagonal) if act_order else jnp.arange(columns)
+    if act_order:
+        Wt, weights = Wt[order], weights[order]
+
+    # Blocks of columns, and runs of columns within a block. A group starts with a run, and lies in one block.
+    unit = 1 if known else group
+    size = max(min(blocksize, columns) // unit, 1) * unit
+    run = _RUN if known else max(n for n in range(1, min(_RUN, group) + 1) if group % n == 0)
+    size += -size % run
+    blocks = -(-columns // size)
+    padding = blocks * size - columns
+    Wt = jnp.pad(Wt, ((0, padding), (0, 0))).reshape(blocks, size, rows)
+    weights = jnp.pad(weights, (0, padding)).reshape(blocks, size)
+    V = jnp.pad(V, ((0, padding), (0, padding)))
+    V = V + jnp.diag((jnp.arange(blocks * size) >= columns).astype(jnp.float32))
+    group_of = jnp.pad(order // group, (0, padding)).reshape(blocks, size)
+
+    def block_step(errors, x):
+        b, tile, weights, group_of = x
+        start = b * size
+
+        def catch_up(i, tile):  # with the columns of block i
+            factors = lax.dynamic_slice(V, (start, i * size), (size, size))
+            return tile - factors @ lax.dynamic_slice_in_dim(errors, i * size, size, 0)
+
+        tile = lax.fori_loop(0, b, catch_up, tile)
+        factors = lax.dynamic_slice(V, (start, start), (size, size))
+
+        def run_step(carry, at):
+            tile, ours = carry
+            if not known:
+                new = lambda: group_params(  # noqa: E731
+                    lax.dynamic_slice_in_dim(tile, at, group, 0)[None],
+                    lax.dynamic_slice_in_dim(weights, at, group, 0)[None],
+                )
+                ours = lax.cond(at % group == 0, new, lambda: ours)
+            elif groups > 1:
+                ours = jax.tree.map(lambda p: p[lax.dynamic_slice_in_dim(group_of, at, run, 0), 0], params)
+            part = lax.dynamic_slice_in_dim(tile, at, run, 0)
+            square = lax.dynamic_slice(factors, (at, at), (run, run))
+            codes: list[jax.Array] = []
+            found: list[jax.Array] = []
+            for j in range(run):  # each catches up with those of the run before it
+                w = part[j] - sum(square[j, i] * error for i, error in enumerate(found))
+                mine = jax.tree.map(lambda p, j=j: p[j] if known and groups > 1 else p[0, 0], ours)
+                code, value = _round(w, how.qtype, *mine)
+                codes.append(code)
+                found.append((w - value) / square[j, j])
+            errors = jnp.stack(found)
+            tile = tile - lax.dynamic_slice_in_dim(factors, at, run, 1) @ errors
+            # With known scales there is nothing to carry, nor to collect.
+            return (tile, None if known and groups > 1 else ours), (jnp.stack(codes), errors, None if known else ours)
+
+        if known:
+            ours = None if groups > 1 else params
+        else:
+            ours = jax.eval_shape(group_params, tile[None, :group], weights[None, :group])
+            ours = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), ours)
+        _, (codes, found, ours) = lax.scan(run_step, (tile, ours), jnp.arange(0, size, run))
+        found = found.reshape(size, rows)
+        if not known:
+            ours = jax.tree.map(lambda p: p[:: group // run, 0], ours)
+        errors = lax.dynamic_update_slice_in_dim(errors, found, start, 0)
+        return errors, (codes.reshape(size, rows), ours)
+
+    errors = jnp.zeros((blocks * size, rows), jnp.float32)
+    errors, (codes, found) = lax.scan(block_step, errors, (jnp.arange(blocks), Wt, weights, group_of))
+    codes = codes.reshape(blocks * size, rows)[:columns]
+    losses = errors[:columns] ** 2
+    if not known:
+        params = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:])[:groups], found)
+    if act_order:
+        codes, losses = (jnp.zeros_like(x).at[order].set(x) for x in (codes, losses))
+    scale, zero_point = jax.tree.map(lambda p: p[:, 0].T, params)
+    q = qarray.QArray(numerics.narrow(codes.T, how.qtype), scale.astype(W.dtype), zero_point, how.qtype)
+    return q, losses.T
+
+
+# Columns that are quantized by one unrolled piece of code.
+_RUN = 8
+
+
+def _round(w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """`quantize` for the inside of the loop: codes stay in bytes, XLA's CPU is slow with narrower ones."""
+    offset = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
+    codes = numerics.encode(w / scale + offset, qtype)
+    values = numerics.convert_from(codes, qtype)
+    if codes.dtype != numerics.storage_dtype(qtype) and not jnp.issubdtype(numerics.storage_dtype(qtype), jnp.integer):
+        values = numerics.narrow(codes, qtype)
+    return codes, (values.astype(jnp.float32) - offset) * scale
+
+
+def _group_params(
+    columns: jax.Array, how: qarray.HowToQuantize, weights: jax.Array, scale_search: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales and zero points (groups, 1, rows or 1) of groups of columns (groups, columns of one, rows).
+
+    `weights` (groups, columns of one) are those of the columns in the error that `scale_search` makes small.
+    """
+    channelwise = (0, 2) if 0 in how.channelwise_axes else (0,)
+    how = dataclasses.replace(how, channelwise_axes=channelwise, tiled_axes={})
+    calibration = qarray.calibrate(columns, how)
+    params = qarray.compute_scale_zero_point(calibration, how.qtype)
+    if scale_search < 2:
+        return params
+    axes = (1,) if 0 in how.channelwise_axes and 2 in how.channelwise_axes else (1, 2)
+
+    def try_factor(best, factor):
+        least, params = best
+        tried = qarray.compute_scale_zero_point(jax.tree.map(lambda c: c * factor, calibration), how.qtype)
+        _, values = _round(columns, how.qtype, *tried)
+        error = jnp.sum(weights[:, :, None] * (columns - values) ** 2, axes, keepdims=True)
+        keep = lambda new, old: jnp.where(error < least, new, old)  # noqa: E731
+        return (jnp.minimum(error, least), jax.tree.map(keep, tried, params)), None
+
+    worst = jnp.full(params[0].shape, jnp.inf, jnp.float32)
+    (_, params), _ = lax.scan(try_factor, (worst, params), jnp.linspace(1.0, 0.5, scale_search))
+    return params
