@@ -100,9 +100,9 @@ class SqCalibrationProvider(calibration.SinglePassCalibrationProvider):
     def get_stats_suffix(self) -> str:
         return "_sq"
 
-    def _observe(self, lhs: Any, rhs: Any, dimension_numbers: Any, rule: Any, op_id: str | None) -> None:
+    def _observe(self, rule: qconfig.QuantizationRule | None, op_id: str | None, find_uses: Any) -> None:
         self._alpha = rule.alpha if isinstance(rule, SqRule) else SqRule.alpha
-        super()._observe(lhs, rhs, dimension_numbers, rule, op_id)
+        super()._observe(rule, op_id, find_uses)
 
 
 @nnx_nodes.register
