@@ -98,6 +98,15 @@ def retrieval_set(limit: int = 500) -> RetrievalSet:
     return RetrievalSet(list(pairs), list(pairs.values()))
 
 
+def docstring_text(part: Literal["calibration", "evaluation"], *, min_characters: int = 200) -> str:
+    """All docstrings of one half of the modules that are longer than `min_characters`, a blank line between two.
+
+    Modules come in the order of their paths.
+    """
+    docstrings = sorted(stdlib_docstrings(part), key=lambda item: item[0])
+    return "\n\n".join(text for _, text in docstrings if len(text) > min_characters)
+
+
 def calibration_texts(limit: int = 128) -> list[str]:
     """At most `limit` docstrings from modules that `retrieval_set` does not use, 5 from each."""
     texts: dict[str, None] = {}

@@ -1,14 +1,16 @@
-"""What quantization cost a sentence encoder: embeddings, retrieval, layers, time.
+"""What quantization cost: of a sentence encoder embeddings, retrieval, layers, time; of a language model perplexity.
 
-Every measure compares with the float model on the same texts.
+Every measure is taken of the float model on the same texts as well.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -140,3 +142,49 @@ def measure(
         ms_per_text=seconds / len(embeddings) * 1000,
         layer_errors=tuple(map(relative_error, layers, reference_layers)),
     )
+
+
+def token_windows(ids: Sequence[int], bos: int, *, length: int = 512) -> np.ndarray:
+    """Consecutive windows of `length` tokens, each after the token `bos`; what is left at the end is dropped.
+
+    Returns:
+      (windows, length + 1) int32.
+
+    >>> token_windows([5, 6, 7, 8, 9], bos=1, length=2)
+    array([[1, 5, 6],
+           [1, 7, 8]], dtype=int32)
+    """
+    count = len(ids) // length
+    windows = np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    return np.pad(windows, ((0, 0), (1, 0)), constant_values=bos)
+
+
+def perplexity(model: Any, windows: np.ndarray, *, batch: int = 1, track: Track = no_progress) -> float:
+    """exp of the mean of -log p(token | tokens before it in its window), over all tokens but the first of each window.
+
+    The model is compiled once, for `batch` windows at a time, so memory is that of one batch's logits.
+
+    Args:
+      model: an NNX model from (batch, tokens) ids to (batch, tokens, vocabulary) logits.
+      windows: (windows, tokens) ids.
+      batch: windows a call; the last call is filled up with windows that do not count.
+      track: shows progress.
+
+    Raises:
+      ValueError: there is no token to predict.
+    """
+    count, length = windows.shape
+    if not count or length < 2:
+        raise ValueError(f"windows of shape {windows.shape} hold no token to predict")
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def losses(state: Any, ids: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, state)(ids[:, :-1])
+        own = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+        # Not log_softmax, which would make a second array of the size of the logits.
+        return (jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) - own).sum(axis=1)
+
+    padded = np.pad(windows, ((0, -count % batch), (0, 0)), mode="edge").reshape(-1, batch, length)
+    sums = [np.asarray(losses(state, ids), np.float64) for ids in track(list(padded), "perplexity")]
+    return math.exp(np.concatenate(sums)[:count].sum() / (count * (length - 1)))
