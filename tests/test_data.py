@@ -58,3 +58,10 @@ def test_calibration_and_evaluation_never_share_a_module(pairs):
     texts = data.calibration_texts(40)
     assert len(set(texts)) == 40
     assert not set(texts) & set(pairs.documents)
+
+
+def test_the_text_of_one_half_is_long_docstrings_in_order(monkeypatch):
+    found = [("b.py", "long enough"), ("a.py", "second longest"), ("a.py", "short"), ("a.py", "third longest")]
+    monkeypatch.setattr(data, "stdlib_docstrings", {"evaluation": found}.get)
+    text = data.docstring_text("evaluation", min_characters=5)
+    assert text == "second longest\n\nthird longest\n\nlong enough"

@@ -1,3 +1,6 @@
+import itertools
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -58,3 +61,31 @@ def test_embeddings_and_layers_are_those_of_the_model(tiny_bert):
         got = evaluation.layer_outputs(model, batches[row])
         for value, want in zip(got, layers, strict=True):
             np.testing.assert_allclose(value, np.asarray(want)[mask], atol=1e-5)
+
+
+class Bigram(nnx.Module):
+    """The next token by the last one alone."""
+
+    def __init__(self, table):
+        self.table = nnx.Param(jnp.asarray(table, jnp.float32))
+
+    def __call__(self, ids):
+        return self.table[...][ids]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_perplexity_of_a_known_distribution(batch):
+    rng = np.random.default_rng(0)
+    table, ids = rng.normal(size=(7, 7)), rng.integers(0, 7, 23)
+    windows = evaluation.token_windows(ids, 0, length=5)
+    assert windows.shape == (4, 6)
+    assert (windows[:, 0] == 0).all()
+    np.testing.assert_array_equal(windows[:, 1:].ravel(), ids[:20])
+    log_probs = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    want = np.exp(-np.mean([log_probs[a, b] for row in windows for a, b in itertools.pairwise(row)]))
+    assert evaluation.perplexity(Bigram(table), windows, batch=batch) == pytest.approx(want, rel=1e-5)
+
+
+def test_perplexity_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"shape \(0, 6\) hold no token"):
+        evaluation.perplexity(Bigram(np.zeros((7, 7))), evaluation.token_windows([1, 2], 0, length=5))

@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF file's metadata, as one of the package `tokenizers`.
 
-Byte-level BPE (`tokenizer.ggml.model` is `gpt2`) is built from `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`; what
-text is split into before that is not in the file but follows from the name `tokenizer.ggml.pre`. Tokens of type control or
-user-defined (3 and 4) are matched as whole in a text, like `<|im_start|>`.
+Byte-level BPE (`tokenizer.ggml.model` is `gpt2`) is built from `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`;
+what text is split into before that is not in the file but follows from the name `tokenizer.ggml.pre`. Tokens of type
+control or user-defined (3 and 4) are matched as whole in a text, like `<|im_start|>`.
 """
 
 from typing import Any

@@ -124,3 +124,23 @@ def forward(weights, ids):
         gate, up = (m @ w[f"{at}.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{at}.mlp.down_proj.weight"].T
     return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+# 96 tokens: two controls, a space, printable characters, and three that merges make.
+TOKENS = ["<|begin|>", "<|end|>", "Ġ", *map(chr, range(33, 123)), "th", "Ġth", "in"]
+TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def tokenizer_metadata(**changes):
+    """A byte-level tokenizer as a GGUF file has it."""
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(TOKENS) - 2),
+        "tokenizer.ggml.merges": ["t h", "Ġ th", "i n"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+    return {key: value for key, value in (metadata | changes).items() if value is not None}

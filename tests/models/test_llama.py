@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwix import recipes
+import qwix
 from qwix.models import llama, llama_weights, packages
 from qwix.models.kv_cache import KVCache
 from tests.models import llama_files
@@ -99,7 +99,7 @@ def test_the_bytes_of_a_cache():
 
 
 def test_a_recipe_quantizes_layers_and_table(tiny):
-    quantized, report = recipes.apply_recipe(tiny, "int4-g32", jnp.ones((1, 4), jnp.int32))
+    quantized, report = qwix.apply_recipe(tiny, "int4-g32", jnp.ones((1, 4), jnp.int32))
     assert {w.path.removeprefix("layers/1/") for w in report.weights if w.path.startswith("layers/1/")} == {
         "attn/q_proj/kernel",
         "attn/k_proj/kernel",
