@@ -146,8 +146,7 @@ def generate_command(
         llama = words.model if item is None else _quantize_language_model(words, item)
     if not ids:
         raise recipes.RecipeError("the prompt is empty, and the model has no token to start with")
-    # The whole prompt has to fit, filled up to the next step.
-    decoder = generation.Decoder(llama, size=len(ids) + max(limit, generation.PROMPT_STEP), cache_dtype=cache)
+    decoder = generation.Decoder(llama, size=len(ids) + limit, cache_dtype=cache)
     stream = import_extra("tokenizers.decoders").DecodeStream(skip_special_tokens=True)
     tokens = decoder.generate(ids, limit=limit, stop=words.stop, temperature=temperature, top_p=top_p, seed=seed)
     for token in tokens:

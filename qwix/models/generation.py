@@ -118,10 +118,10 @@ class Decoder:
             of range.
         """
         length = len(prompt)
-        padded = -(-length // PROMPT_STEP) * PROMPT_STEP
+        padded = min(-(-length // PROMPT_STEP) * PROMPT_STEP, self.size)
         if not length:
             raise ValueError("the prompt has no token to start from")
-        if max(padded, length + limit) > self.size:
+        if length + limit > self.size:
             raise ValueError(f"{length} tokens of prompt and {limit} new ones do not fit into a cache for {self.size}")
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} has to be at least 0, and top_p {top_p} above 0 and at most 1")
