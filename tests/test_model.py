@@ -43,6 +43,11 @@ def close(a, b, **kwargs):
     np.testing.assert_allclose(a, b, **({"rtol": 2e-5, "atol": 2e-5} | kwargs))
 
 
+def after_tanh(rule):
+    """The tolerance of layers in turn: programs round tanh otherwise, which an int8 activation makes a step of 1 / 127."""
+    return {"atol": 0.02} if "act_qtype" in rule else {}
+
+
 class Block(nnx.Module):
     def __init__(self, rngs, width=4):
         self.up = nnx.Linear(width, 8, rngs=rngs)
@@ -207,8 +212,8 @@ def test_nnx_stacked_layers_have_scales_a_layer(make, rule):
         outputs.append(layer(i)(X))
         x = layer(i)(x)
     expected = jnp.stack(outputs) if make is Vmapped else x
-    close(quantized(X), expected)
-    close(nnx.jit(lambda m, x: m(x))(quantized, X), expected)
+    close(quantized(X), expected, **after_tanh(rule))
+    close(nnx.jit(lambda m, x: m(x))(quantized, X), expected, **after_tanh(rule))
 
 
 def test_stacked_along_another_axis_is_an_error():
@@ -531,8 +536,8 @@ def test_linen_lifted_transforms(name, rule):
         expected = X
         for w in dense:
             expected = layer(w, expected)
-    close(quantized.apply({"params": q}, X), expected)
-    close(jax.jit(quantized.apply)({"params": q}, X), expected)
+    close(quantized.apply({"params": q}, X), expected, **after_tanh(rule))
+    close(jax.jit(quantized.apply)({"params": q}, X), expected, **after_tanh(rule))
 
 
 def test_linen_apply_of_float_parameters_is_an_error():
