@@ -224,7 +224,9 @@ def merge_lora(model: Any, params: Any | None = None, *, requantize: bool = Fals
       model: an NNX or Linen model with adapters; left alone.
       params: Linen only, and needed there: its parameters.
       requantize: NNX only. Quantize those weights again that are quantized now, in the same way: the result is a model
-        under a `PtqProvider`, and differs by the error of the format. Otherwise every weight becomes float.
+        under a `PtqProvider`, and differs by the error of the format. The base lies on the grid of its format, so that
+        a change of less than half a step is rounded away: in 4 bits that may be most of it, see `docs/lora.md`.
+        Otherwise every weight becomes float.
 
     Returns:
       NNX: the model; a float one is of the class that it had before `apply_lora_to_model`. Linen: the parameters of
