@@ -514,26 +514,43 @@ def quantize_params_with_calibration(
         if isinstance(target, ptq.WithAux) and isinstance(target.array, qarray.QArray):
             stat = stats.get((*path[:-1], f"{path[-1]}{stats_suffix}")) or default_stats(target)
             if stat is not None:
-                quantized = _quantize_stacked(path, value, target, stat, quantize_fn)
+                quantized = quantize_weight(path, value, target, stat, quantize_fn)
         if quantized is None:
             others[given[0]] = given[1]
         else:
             place = functools.partial(quantized_param.rebox, value, value_shape=tuple(quantized.array.shape))
             calibrated[path] = quantized.replace(array=jax.tree.map(place, quantized.array))
     result = ptq.quantize_params(
-        _nested(others), abstract_quantized_params, quant_stats, allow_extra_params=allow_extra_params
+        nested(others), abstract_quantized_params, quant_stats, allow_extra_params=allow_extra_params
     )
     return _merged(result, template.restore(calibrated))
 
 
-def _quantize_stacked(
+def assemble(
+    params: Any,
+    abstract_quantized_params: Any,
+    calibrated: Mapping[tuple[str | int, ...], ptq.WithAux],
+    *,
+    allow_extra_params: bool = False,
+) -> Any:
+    """The tree of `ptq.quantize_params`, with some weights quantized already, by path; the others are rounded."""
+    flat = dict(ptq.flatten(params))
+    boxed = {}
+    for path, quantized in calibrated.items():
+        place = functools.partial(quantized_param.rebox, flat.pop(path), value_shape=tuple(quantized.array.shape))
+        boxed[path] = quantized.replace(array=jax.tree.map(place, quantized.array))
+    rest = ptq.quantize_params(nested(flat), abstract_quantized_params, allow_extra_params=allow_extra_params)
+    return _merged(rest, ptq.Template(abstract_quantized_params).restore(boxed))
+
+
+def quantize_weight(
     path: tuple[str | int, ...],
     weight: jax.Array,
     target: ptq.WithAux,
     stats: Mapping[str, jax.Array],
     quantize_fn: Callable[[CalibratedQuantContext], ptq.WithAux],
 ) -> ptq.WithAux | None:
-    """Quantizes a weight; layer by layer or group by group where the count has axes.
+    """Quantizes a weight with its statistics; layer by layer or group by group where their count has axes.
 
     A count with the rank of the weight is of groups. One of a lower rank is of layers that a scan or vmap stacked.
     """
@@ -549,7 +566,7 @@ def _quantize_stacked(
     layers = []
     for i in range(stats["count"].shape[0]):
         stats_of_layer = {name: value[i] for name, value in stats.items()}
-        quantized = _quantize_stacked(path, weight[i], layer, stats_of_layer, quantize_fn)
+        quantized = quantize_weight(path, weight[i], layer, stats_of_layer, quantize_fn)
         if quantized is None:
             return None
         layers.append(quantized)
@@ -566,7 +583,7 @@ def _quantize_groups(
 ) -> ptq.WithAux | None:
     """Quantizes a weight whose statistics have groups along its axes from `axis` on; those before were cut already."""
     if axis == weight.ndim:
-        return _quantize_stacked(path, weight, target, stats, quantize_fn)
+        return quantize_weight(path, weight, target, stats, quantize_fn)
     groups = stats["count"].shape[0]
     if weight.shape[axis] % groups:
         raise ValueError(
@@ -593,14 +610,15 @@ def _quantize_groups(
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *parts).replace(how=target.how)
 
 
-def _nested(flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
-    nested: dict[Any, Any] = {}
+def nested(flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
+    """A nested dict of values by path."""
+    result: dict[Any, Any] = {}
     for path, value in flat.items():
-        node = nested
+        node = result
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = value
-    return nested
+    return result
 
 
 def _merged(first: dict[Any, Any], second: dict[Any, Any]) -> dict[Any, Any]:

@@ -1,0 +1,164 @@
+"""Stage by stage against the same done by hand: one weight after the other, in a model that is run anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import qwix
+from qwix._src.core import qarray
+from qwix.contrib import gptq, gptq_core, segments, sequential
+
+RULES = [gptq.GptqRule(weight_qtype=jnp.int4, tile_size=4)]
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+        self.b = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+        self.c = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.c(jax.nn.silu(self.a(x)) * self.b(x))
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.blocks = nnx.List([Block(rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def run(model, batches, **kwargs):
+    return sequential.quantize(
+        model,
+        batches,
+        gptq.GptqCalibrationProvider(RULES),
+        gptq.quantize_with_context,
+        qwix.PtqProvider(RULES),
+        **kwargs,
+    )
+
+
+def by_hand(model, batches):
+    """Dequantized weights, by sequential GPTQ with NumPy's Hessians."""
+    how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes={1: 4})
+    found = {}
+    states = [np.asarray(x, np.float64) for x in batches]
+
+    def one(w, inputs):
+        h = sum(x.T @ x for x in inputs) / len(inputs)
+        q, _ = gptq_core.quantize_weight(jnp.asarray(w).T, jnp.asarray(h, jnp.float32), how)
+        return np.asarray(qarray.dequantize(q)).T
+
+    silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
+    for i, block in enumerate(model.blocks):
+        a, b = (one(m.kernel[...], states) for m in (block.a, block.b))
+        inner = [silu(x @ a) * (x @ b) for x in states]
+        c = one(block.c.kernel[...], inner)
+        states = [x + y @ c for x, y in zip(states, inner, strict=True)]
+        found[i] = (a, b, c)
+    return found
+
+
+def test_equals_running_the_model_anew_for_each_stage():
+    model, batches = Net(), [normal(16, 8), normal(16, 8, seed=1)]
+    done = []
+    result = run(model, iter(batches), progress=lambda *x: done.append(x))
+    assert [len(stage) for stage in result.stages] == [2, 1] * 3
+    assert done[-1] == (6, 6) and result.stages[0] == (("blocks", "0", "a", "kernel"), ("blocks", "0", "b", "kernel"))
+    for i, want in by_hand(model, batches).items():
+        block = result.model.blocks[i]
+        for found, w in zip((block.a, block.b, block.c), want, strict=True):
+            np.testing.assert_allclose(jnp.asarray(found.kernel), w, atol=1e-5)
+    # A copy was quantized, and it runs.
+    assert model.blocks[0].a.kernel.dtype == jnp.float32
+    assert result.model(batches[0]).shape == (16, 8)
+
+
+def test_statistics_of_the_float_model_are_those_of_the_provider():
+    model, batches = Net(), [(normal(16, 8),), {"x": normal(16, 8, seed=1)}]
+    result = run(model, batches, sequential=False, keep_stats=True)
+    observed = qwix.quantize_model(model, gptq.GptqCalibrationProvider(RULES), batches[0][0])
+    observed(batches[0][0])
+    observed(batches[1]["x"])
+    want = nnx.to_pure_dict(nnx.state(observed, qwix.QuantStat))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4), result.quant_stats, want)
+
+
+def test_equal_layers_share_their_programs():
+    plan = plan_of(Net(), normal(16, 8))
+    keys = [segment.key for segment in plan.segments]
+    assert keys[2] == keys[4] and keys[1] == keys[3]
+
+
+def plan_of(model, x):
+    source = sequential._Source(model, None, gptq.GptqCalibrationProvider(RULES), "__call__")
+    return segments.trace(lambda p, a: source.call(p, a, {}), source.params, [x])
+
+
+def test_each_equation_runs_once():
+    plan = plan_of(Net(), normal(16, 8))
+    products = [e for s in plan.segments for e in s.equations if e.primitive.name == "dot_general"]
+    assert len(products) == 3 * 3 - 1  # no stage waits for the last
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = x + nn.Dense(8, name=f"b{i}")(nn.relu(nn.Dense(8, name=f"a{i}")(x)))
+        return x
+
+
+def test_linen():
+    model, x = LinenNet(), normal(64, 8)
+    variables = model.init(jax.random.key(0), x)
+    result = run(model, [x], variables=variables)
+    assert [stage[0][0] for stage in result.stages] == ["a0", "b0", "a1", "b1"]
+    found = result.model.apply({"params": result.params}, x)
+    nearest = qwix.quantize_params(
+        variables["params"], jax.eval_shape(result.model.init, jax.random.key(0), x)["params"]
+    )
+    want = model.apply(variables, x)
+    errors = [np.linalg.norm(y - want) for y in (found, result.model.apply({"params": nearest}, x))]
+    assert errors[0] < 0.9 * errors[1]
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(16, 8, rngs=nnx.Rngs(0))
+        self.block = Block(nnx.Rngs(1))
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.block(self.embed(tokens)))
+
+
+def test_a_tied_embedding_comes_last():
+    result = run(Tied(), [jnp.arange(16)[None]])
+    assert [stage[0][-2] for stage in result.stages] == ["a", "c", "embed"]
+
+
+def test_what_cannot_be_done_is_an_error():
+    with pytest.raises(ValueError, match="nothing to calibrate with"):
+        run(Net(), [])
+    with pytest.raises(ValueError, match="a/kernel, dot_general0: the activations hold NaN"):
+        run(Net(), [jnp.full((2, 8), jnp.nan)])
+    with pytest.raises(ValueError, match="no op of the model is calibrated"):
+        sequential.quantize(
+            Net(),
+            [normal(2, 8)],
+            gptq.GptqCalibrationProvider([qwix.QuantizationRule(weight_qtype="int4")]),
+            gptq.quantize_with_context,
+            qwix.PtqProvider(RULES),
+        )
