@@ -8,7 +8,7 @@ over W', before W' is quantized. With D = X - X_q, H = X_q X_q^T and H_delta = D
 
     W' = W + W H_delta H^-1,
 
-of which a share is taken (the factor alpha of the paper, against fitting the calibration set too closely), with H damped
+of which a share is taken (the paper's alpha, against fitting the calibration set too closely), with H damped
 as GPTQ damps it.
 """
 
