@@ -60,13 +60,18 @@ def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax
     Returns:
       (batch,) int32.
     """
-    scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
-    ordered = jnp.sort(jax.nn.softmax(scaled), axis=-1)[:, ::-1]
-    # A token stays if those before it have less than top_p; the likeliest always does.
-    kept = jnp.cumsum(ordered, axis=-1) - ordered < top_p
-    least = jnp.min(jnp.where(kept, ordered, 2), axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, jnp.where(jax.nn.softmax(scaled) >= least, scaled, -jnp.inf))
-    return jnp.where(temperature > 0, drawn, logits.argmax(axis=-1)).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits.astype(jnp.float32) / temperature
+        probabilities = jax.nn.softmax(scaled)
+        ordered = jnp.sort(probabilities, axis=-1)[:, ::-1]
+        # A token stays if those before it have less than top_p; the likeliest always does.
+        kept = jnp.cumsum(ordered, axis=-1) - ordered < top_p
+        least = jnp.min(jnp.where(kept, ordered, 2), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(probabilities >= least, scaled, -jnp.inf)).astype(jnp.int32)
+
+    # A branch and not a choice of two results: sorting a vocabulary takes milliseconds.
+    return jax.lax.cond(temperature > 0, draw, lambda: logits.argmax(axis=-1).astype(jnp.int32))
 
 
 class Decoder:
