@@ -153,9 +153,8 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
     count = max(stage_of.values()) + 1
     last_use: dict[Any, int] = {}
     for equation, k in zip(equations, segment_of, strict=True):
-        for v in equation.invars if k is not None else ():
-            if isinstance(v, _core.Var):
-                last_use[v] = max(last_use.get(v, 0), k)  # type: ignore[type-var]
+        if k is not None:
+            last_use.update((v, max(last_use.get(v, 0), k)) for v in equation.invars if isinstance(v, _core.Var))
     segments = []
     for k in range(count):
         mine = tuple(e for e, s in zip(equations, segment_of, strict=True) if s == k)

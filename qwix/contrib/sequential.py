@@ -158,16 +158,17 @@ class _Source:
             self.params = flax_util.unbox(variables["params"])
         else:
             observed = model_lib.quantize_nnx_model(model, marking, call_method=method, skip_nnx_init=True)
-            self._graphdef, self._state, self._rest = nnx.split(observed, nnx.Param, ...)
-            self.params = nnx.to_pure_dict(self._state)
+            self._split: Any = nnx.split(observed, nnx.Param, ...)
+            self.params = nnx.to_pure_dict(self._split[1])
 
     def call(self, params: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(self._model, nn.Module):
             variables = {**self._variables, "params": params}  # type: ignore[dict-item]
             return self._observed.apply(variables, *args, method=self._method, **kwargs)
-        state = jax.tree.map(lambda x: x, self._state)
+        graphdef, state, rest = self._split
+        state = jax.tree.map(lambda x: x, state)
         nnx.replace_by_pure_dict(state, params)
-        model = nnx.merge(self._graphdef, state, self._rest)
+        model = nnx.merge(graphdef, state, rest)
         return getattr(model, self._method)(*args, **kwargs)
 
     def quantized(self, provider: qconfig.QuantizationProvider, args: Any, kwargs: Any) -> tuple[Any, Any]:
