@@ -22,6 +22,7 @@ import qwix
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 128, 4, 12, 512
 ROUNDS = 31
+TRAINED = ("float", "int8 QAT", "int8 training")
 
 
 class Block(nnx.Module):
@@ -50,25 +51,31 @@ class Transformer(nnx.Module):
         return self.out(x)
 
 
-def trace_seconds(model: nnx.Module, tokens: jax.Array) -> float:
-    """Seconds of one trace of the model, by a function that jit has not seen."""
+def trace_seconds(model: nnx.Module, tokens: jax.Array, gradient: bool = False) -> float:
+    """Seconds of one trace of the model, or of its gradient, by a function that jit has not seen."""
     graphdef, state = nnx.split(model)
     start = time.perf_counter()
-    jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, tokens)
+    if gradient:
+        loss = lambda state, x: nnx.merge(graphdef, state)(x).sum()  # noqa: E731
+        jax.jit(jax.grad(loss)).trace(state, tokens)
+    else:
+        jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, tokens)
     return time.perf_counter() - start
 
 
 def measure() -> dict[str, float]:
     tokens = jnp.ones((2, 16), jnp.int32)
     model = Transformer(nnx.Rngs(0))
+    w8, w8a8 = {"weight_qtype": jnp.int8}, {"weight_qtype": jnp.int8, "act_qtype": jnp.int8}
     rules = {
-        "int8 weight-only": {"weight_qtype": jnp.int8},
-        "int8 dynamic": {"weight_qtype": jnp.int8, "act_qtype": jnp.int8},
+        "int8 weight-only": qwix.PtqProvider([qwix.QuantizationRule(**w8)]),
+        "int8 dynamic": qwix.PtqProvider([qwix.QuantizationRule(**w8a8)]),
+        "int8 QAT": qwix.QtProvider([qwix.QtRule(**w8a8)]),
+        "int8 training": qwix.QtProvider([qwix.QtRule(**w8a8, bwd_qtype=jnp.int8)]),
     }
     result: dict[str, float] = {}
     quantized = {}
-    for name, rule in rules.items():
-        provider = qwix.PtqProvider([qwix.QuantizationRule(**rule)])
+    for name, provider in rules.items():
         start = time.perf_counter()
         quantized[name] = qwix.quantize_model(model, provider, tokens)
         jax.block_until_ready(nnx.state(quantized[name]))
@@ -79,8 +86,14 @@ def measure() -> dict[str, float]:
     for _ in range(ROUNDS + 1):
         times = {"float": trace_seconds(model, tokens)}
         times |= {name: trace_seconds(q, tokens) for name, q in quantized.items()}
+        # Of a PTQ model no gradient is taken: its weights are integers.
+        trained = {name: q for name, q in {"float": model, **quantized}.items() if name in TRAINED}
+        times |= {f"{name} gradient": trace_seconds(q, tokens, gradient=True) for name, q in trained.items()}
         rounds.append(times)
     result["float: trace, s"] = statistics.median(times["float"] for times in rounds[1:])
+    for name in TRAINED[1:]:
+        ratios = [times[f"{name} gradient"] / times["float gradient"] for times in rounds]
+        result[f"{name}: trace of the gradient, multiple of float"] = statistics.median(ratios[1:])
     for name in rules:
         ratios = [times[name] / times["float"] for times in rounds]
         result[f"{name}: trace, multiple of float"] = statistics.median(ratios[1:])

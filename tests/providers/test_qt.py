@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -103,3 +104,220 @@ def test_rules_decide_about_weights_and_activations(x):
         return dot_general_qt(hidden, model.down.kernel[...], DENSE, config).sum()
 
     np.testing.assert_allclose(direct, jax.grad(by_hand)(kernel), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ every op
+
+
+class Ops(nn.Module):
+    """An einsum with a weight on either side, attention, a convolution, and a mixture of experts."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(1), (8, 6))
+        experts = self.param("experts", nn.initializers.normal(1), (2, 6, 8))
+        h = jnp.einsum("ab,bc->ac", x, w)
+        h = jnp.einsum("bc,ab->ac", w, x) + h
+        h = jax.nn.softmax(jnp.einsum("ac,dc->ad", h, h)) @ h
+        h = jax.lax.ragged_dot(h, experts, jnp.array([1, 3]))
+        return nn.Conv(3, (3,))(h[None])[0]
+
+
+@pytest.mark.parametrize("bwd", [None, "int8"])
+def test_every_op_is_quantized_and_differentiable(x, bwd):
+    float_model = Ops()
+    variables = float_model.init(jax.random.key(0), x)
+    model = quantized(float_model, weight_qtype="int16", act_qtype="int16", bwd_qtype=bwd and "int16")
+    grad = lambda model: jax.jit(jax.grad(lambda v: (model.apply(v, x) ** 2).sum()))(variables)  # noqa: E731
+    for a, b in zip(jax.tree.leaves(grad(model)), jax.tree.leaves(grad(float_model)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))
+    stats = quantized(float_model, act_static_scale=True, **W8A8).init(jax.random.key(0), x)["quant_stats"]
+    names = {"einsum0_lhs", "einsum1_rhs", "einsum2_lhs", "einsum2_rhs", "dot_general0_lhs", "dot_general0_rhs"}
+    assert set(stats) == names | {"ragged_dot0_lhs", "Conv_0"}
+    assert set(stats["Conv_0"]) == {"conv_general_dilated0_lhs"}
+
+
+def test_einsums_of_more_operands_and_of_one(x):
+    class Three(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            a, b = (self.param(n, nn.initializers.normal(1), s) for n, s in (("a", (8, 5)), ("b", (5, 3))))
+            return jnp.einsum("xi,ij,jk->xk", x, jnp.einsum("ij->ij", a), b)
+
+    variables = Three().init(jax.random.key(0), x)
+    truth = Three().apply(variables, x)
+    out = quantized(Three(), weight_qtype="int8").apply(variables, x)
+    error = np.linalg.norm(out - truth) / np.linalg.norm(truth)
+    assert 1e-4 < error < 0.03
+
+
+def test_no_rule_no_change(x):
+    variables = Ops().init(jax.random.key(0), x)
+    model = qwix.quantize_model(Ops(), qwix.QtProvider([qwix.QtRule(module_path="nowhere", weight_qtype="int8")]))
+    np.testing.assert_array_equal(model.apply(variables, x), Ops().apply(variables, x))
+
+
+# ------------------------------------------------------------------ statistics, and the way to PTQ
+
+STATIC = W8A8 | {"act_static_scale": True}
+
+
+def test_statistics_average_over_calls_and_not_during_init(x):
+    model = quantized(Mlp(nnx.Rngs(0)), x, **STATIC)
+    stat = model.up.dot_general0_lhs
+    assert isinstance(stat, qwix.QuantStat) and int(stat.get_value()["count"]) == 0
+    model(x), model(3 * x)
+    assert int(model.up.dot_general0_lhs.get_value()["count"]) == 2
+    total = np.abs(np.asarray(x)).max(1).mean() * 4
+    np.testing.assert_allclose(model.up.dot_general0_lhs.get_value()["sum_of_absmax"], [[total]], rtol=1e-6)
+
+    linen = quantized(LinenMlp(), **STATIC)
+    variables = linen.init(jax.random.key(0), x)
+    assert int(variables["quant_stats"]["up"]["dot_general0_lhs"]["count"]) == 0
+    _, updated = linen.apply(variables, x, mutable="quant_stats")
+    _, updated = linen.apply({**variables, **updated}, 3 * x, mutable="quant_stats")
+    np.testing.assert_allclose(updated["quant_stats"]["up"]["dot_general0_lhs"]["sum_of_absmax"], [[total]], rtol=1e-6)
+    # Without it being mutable, they are used as they are.
+    linen.apply({**variables, **updated}, 100 * x)
+
+
+def ptq_rule():
+    return qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_qat_to_ptq_nnx(x, dtype):
+    model = quantized(Mlp(nnx.Rngs(0)), x, **STATIC)
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss)(model, x))
+    x = x.astype(dtype)
+    for _, module in nnx.iter_modules(model):
+        module.disable_quant_stats_update = True
+    params, stats = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, qwix.QuantStat))
+    ptq = qwix.quantize_model(Mlp(nnx.Rngs(1)), qwix.PtqProvider([ptq_rule()]), x)
+    nnx.update(ptq, qwix.quantize_params(params, ptq, stats))
+    assert ptq.up.kernel.array.qvalue.dtype == jnp.int8
+    np.testing.assert_allclose(
+        np.asarray(ptq(x), np.float32), np.asarray(model(x), np.float32), rtol=1e-5 if dtype == jnp.float32 else 2e-2
+    )
+
+
+def test_qat_to_ptq_linen(x):
+    qat = quantized(LinenMlp(), **STATIC)
+    variables = qat.init(jax.random.key(0), x)
+    for scale in (1, 2):
+        _, updated = qat.apply(variables, scale * x, mutable="quant_stats")
+        variables = {**variables, **updated}
+    ptq = qwix.quantize_model(LinenMlp(), qwix.PtqProvider([ptq_rule()]))
+    abstract = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
+    params = qwix.quantize_params(variables["params"], abstract, variables["quant_stats"])
+    np.testing.assert_allclose(ptq.apply({"params": params}, x), qat.apply(variables, x), rtol=1e-5)
+
+
+# ------------------------------------------------------------------ training loops
+
+
+def test_training_with_everything(x):
+    """bf16 model, f32 masters in the optimizer, gradient accumulation, donation, a jitted step."""
+    model = quantized(Mlp(nnx.Rngs(0)), x, bwd_qtype="int8", **STATIC)
+    transform = optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2)
+    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+    graphdef, state = nnx.split((model, optimizer))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, x):
+        model, optimizer = nnx.merge(graphdef, state)
+
+        def loss(model):
+            half = nnx.clone(model)
+            nnx.update(half, jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.state(half, nnx.Param)))
+            out = half(x.astype(jnp.bfloat16))
+            # What the call found out about activations belongs to the model.
+            nnx.update(model, nnx.state(half, qwix.QuantStat))
+            return ((out.astype(jnp.float32) - 1) ** 2).mean()
+
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return nnx.state((model, optimizer)), value
+
+    losses = []
+    for _ in range(40):
+        state, value = step(state, x)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    model, _ = nnx.merge(graphdef, state)
+    assert model.up.kernel.dtype == jnp.float32 and int(model.up.dot_general0_lhs.get_value()["count"]) == 40
+
+
+class Stack(nnx.Module):
+    """Layers under nnx.scan, each under nnx.remat if asked for."""
+
+    def __init__(self, rngs, remat=False):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs):
+            return nnx.Linear(8, 8, rngs=rngs)
+
+        self.layers = create(rngs)
+        self.remat = remat
+
+    def __call__(self, x):
+        def layer(x, layer):
+            return nnx.tanh(layer(x))
+
+        layer = nnx.remat(layer) if self.remat else layer
+        return nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_nnx_scan_and_remat_give_the_numbers_of_the_unrolled_model(x, remat):
+    stack = Stack(nnx.Rngs(0), remat)
+    model = quantized(stack, x, bwd_qtype="int8", **W8A8)
+    op_config = {f"{part}_grad_qtype": "int8" for part in ("dlhs", "drhs")} | FORMATS
+    op = functools.partial(dot_general_qt, dimension_numbers=DENSE, config=DotGeneralQtConfig(**op_config))
+
+    def unrolled(kernels):
+        h = x
+        for i in range(3):
+            h = nnx.tanh(op(h, kernels[i]) + stack.layers.bias[...][i])
+        return (h**2).sum()
+
+    truth = jax.jit(jax.grad(unrolled))(stack.layers.kernel[...])
+    found = nnx.jit(nnx.grad(loss))(model, x).layers.kernel[...]
+    # Not to the last bit: what XLA fuses differently may put an element on the other side of a tie.
+    assert np.linalg.norm(found - truth) < 5e-3 * np.linalg.norm(truth)
+
+
+def test_stochastic_rounding_takes_keys_from_its_stream(x):
+    rule = W8A8 | {"bwd_qtype": "int4", "bwd_stochastic_rounding": "uniform", "channelwise_noise_axes": (0, 1)}
+    model = quantized(Mlp(nnx.Rngs(0)), x, **rule)
+    with pytest.raises(ValueError, match="set_attributes\\(qwix_rngs="):
+        model(x)
+    model.set_attributes(qwix_rngs=nnx.Rngs(stochastic_rounding=0))
+    grad = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param)))
+    first, second = (grad(model, x).up.kernel[...] for _ in range(2))
+    assert not np.array_equal(first, second)
+    model.set_attributes(qwix_rngs=nnx.Rngs(stochastic_rounding=0))
+    np.testing.assert_array_equal(grad(model, x).up.kernel[...], first)
+
+    linen = quantized(LinenMlp(), **rule)
+    variables = linen.init(jax.random.key(0), x)
+    apply = lambda v, seed: linen.apply(v, x, rngs={"stochastic_rounding": jax.random.key(seed)}).sum()  # noqa: E731
+    first, again, second = (jax.grad(apply)(variables, seed)["params"]["up"]["kernel"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
+# ------------------------------------------------------------------ errors and reports
+
+
+def test_errors_and_reports(x):
+    with pytest.raises(ValueError, match="set bwd_qtype"):
+        quantized(Mlp(nnx.Rngs(0)), x, weight_qtype="int8", bwd_stochastic_rounding="uniform")
+    with pytest.raises(ValueError, match="additional_qt_config has no_such_field"):
+        quantized(Mlp(nnx.Rngs(0)), x, weight_qtype="int8", additional_qt_config={"no_such_field": 1})
+    with pytest.raises(ValueError, match="conv_general_dilated0: tile_size is not supported"):
+        quantized(nn.Conv(3, (3,)), weight_qtype="int8", tile_size=2).init(jax.random.key(0), x)
+    model = quantized(Mlp(nnx.Rngs(0)), x, additional_qt_config={"lhs_qtype": "int4"}, **W8A8)
+    assert "up" in str(qwix.summarize(model))

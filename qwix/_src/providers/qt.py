@@ -365,14 +365,13 @@ def _format(operand: _Operand, rule: qconfig.QuantizationRule) -> str:
 def _find_operands(described: Sequence[_Operand | None], lhs: Any, rhs: Any) -> list[_Operand | None]:
     """Which operands of an einsum a pair to contract is.
 
-    An operand that the einsum changed first (a sum over an axis of its own, a diagonal, a broadcast) is not known by
-    identity. Of an einsum of two operands, which are contracted in their order, it is the one in its place.
+    Two operands are contracted in their order. Of more, operands are known by identity, and the results of pairs, or
+    what the einsum changed first (a sum over an axis of its own, a diagonal), are none.
     """
-    by_id = {id(x.array): x for x in described if x is not None}
-    pair = [by_id.get(id(lhs)), by_id.get(id(rhs))]
     if len(described) == 2:
-        pair = [found or place for found, place in zip(pair, described, strict=True)]
-    return pair
+        return list(described)
+    by_id = {id(x.array): x for x in described if x is not None}
+    return [by_id.get(id(lhs)), by_id.get(id(rhs))]
 
 
 def _noise_key() -> jax.Array:
