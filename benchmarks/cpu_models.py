@@ -1,9 +1,9 @@
 """How fast does a language model run on the CPU?
 
 SmolLM2-135M-Instruct, one sequence: tokens/s of a prompt of 512 tokens and of decoding after it, for each recipe, in
-float or int8 keys and values, and, where another interpreter has llama-cpp-python, llama.cpp on the same file. Each round
-is a new process for each of them in turn, so that a noisy moment of the machine hits all; the table has the best round
-of each, as a busy machine only ever slows a program down.
+float or int8 keys and values, and, where another interpreter has llama-cpp-python, llama.cpp on the same file. Each
+round is a new process for each of them in turn, so that a noisy moment of the machine hits all; the table has the best
+round of each, as a busy machine only ever slows a program down.
 
     python benchmarks/cpu_models.py [--recipes NAME ...] [--llama-cpp PYTHON] [--rounds N] [--json FILE]
 """
