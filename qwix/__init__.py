@@ -21,6 +21,7 @@ from qwix._src.summary import summarize
 from qwix._src.utils.checkpoint_util import process_prequantized_params, restore_quantization_rules
 from qwix._src.utils.flax_util import QuantStat
 from qwix.applying import apply_recipe
+from qwix.cpu.optimize import optimize_for_inference
 from qwix.version import __version__ as __version__
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "einsum",
     "lora_params",
     "merge_lora",
+    "optimize_for_inference",
     "process_prequantized_params",
     "quantize",
     "quantize_model",

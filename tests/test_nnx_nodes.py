@@ -19,6 +19,7 @@ from qwix._src import nnx_nodes
 from qwix._src.core import pytree, qarray
 from qwix._src.providers import boxed_param
 from qwix.contrib import awq, padded_ptq
+from qwix.cpu import packed
 
 DIM = 4
 
@@ -49,6 +50,10 @@ def with_awq_scale(key: jax.Array, **how: Any) -> awq.WithAwqScale:
     return awq.WithAwqScale(aux.array, aux.how, awq_scale=scale, contracting_axis=0)
 
 
+def packed_array(key: jax.Array, **how: Any) -> packed.PackedQArray:
+    return packed.pack(quantized(key, **how))
+
+
 STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "QArray-symmetric": lambda key: quantized(key, **SYMMETRIC),
     "QArray-asymmetric": lambda key: quantized(key, **ASYMMETRIC),
@@ -58,6 +63,10 @@ STRUCTURES: dict[str, Callable[[jax.Array], Any]] = {
     "WithAux-tiled": lambda key: with_aux(key, **TILED),
     "PaddedQArray": lambda key: padded(key, **PADDED),
     "WithAux-padded": lambda key: boxed_param.WithAux(padded(key, **PADDED), qarray.HowToQuantize(**PADDED)),
+    "PackedQArray": lambda key: packed_array(key, **SYMMETRIC),
+    "WithAux-packed": lambda key: boxed_param.WithAux(
+        packed_array(key, **ASYMMETRIC), qarray.HowToQuantize(**ASYMMETRIC)
+    ),
     "WithAwqScale": lambda key: with_awq_scale(key, **SYMMETRIC),
     "WithAwqScale-tiled": lambda key: with_awq_scale(key, **TILED),
 }

@@ -26,7 +26,15 @@ ALIASES = {
 }
 
 # Public names of `qwix` beyond the interface facts.
-ADDED = {"QuantizationWarning", "add_adapter", "lora_params", "merge_lora", "set_adapter", "summarize"}
+ADDED = {
+    "QuantizationWarning",
+    "add_adapter",
+    "lora_params",
+    "merge_lora",
+    "optimize_for_inference",
+    "set_adapter",
+    "summarize",
+}
 
 EMPTY = inspect.Parameter.empty
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -108,7 +108,7 @@ def conv_general_dilated(
     >>> conv_general_dilated(x, w, (1,), "SAME").round(1)
     Array([[[ 3.,  0., -1.]]], dtype=float32)
     """
-    lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
+    lhs, rhs = operands.unwrap(lhs, rhs)
     arguments = {
         "window_strides": window_strides,
         "padding": padding,
@@ -123,6 +123,8 @@ def conv_general_dilated(
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
         return lax.conv_general_dilated(lhs, rhs, dimension_numbers=dimension_numbers, **arguments)
     dims = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if (own := operands.own_ops(lhs, rhs)) is not None:
+        return own.conv_general_dilated(lhs, rhs, dimension_numbers=dims, **arguments)
     arguments = {name: _as_tuples(value) for name, value in arguments.items()}
     return _conv_general_dilated(lhs, rhs, dims, **arguments)
 

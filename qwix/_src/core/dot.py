@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwix._src.core import dot_general as _dot_general
-from qwix._src.core import operands, qarray
+from qwix._src.core import operands
 
 
 def dot(
@@ -36,7 +36,7 @@ def dot(
     >>> dot(jnp.array([1.0, 1.0]), w).round(1)
     Array([4., 2.], dtype=float32)
     """
-    a, b = (x if hasattr(x, "ndim") else jnp.asarray(x) for x in map(qarray.unwrap, (a, b)))
+    a, b = (x if hasattr(x, "ndim") else jnp.asarray(x) for x in operands.unwrap(a, b))
     kwargs = {} if out_sharding is None else {"out_sharding": out_sharding}
     if a.ndim == 0 or b.ndim == 0:
         operands.result_dtype(a, b, preferred_element_type=preferred_element_type)

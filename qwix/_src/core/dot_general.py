@@ -117,9 +117,11 @@ def dot_general(
     >>> dot_general(x, y, (((1,), (0,)), ((), ()))).round(1)
     Array([[-3.]], dtype=float32)
     """
-    lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
+    lhs, rhs = operands.unwrap(lhs, rhs)
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
         return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **kwargs)
+    if (own := operands.own_ops(lhs, rhs)) is not None:
+        return own.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **kwargs)
     dims = operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
     if mxfp_dot.is_native(lhs, rhs, dims) and precision is None and kwargs.get("out_sharding") is None:
         return mxfp_dot.mxfp_dot_general(lhs, rhs, dims, preferred_element_type)

@@ -9,7 +9,7 @@ import opt_einsum
 from jax import lax
 
 from qwix._src.core import dot_general as _dot_general
-from qwix._src.core import einsum_info, operands, qarray
+from qwix._src.core import einsum_info, operands
 from qwix._src.core.qarray import HowToQuantize, QArray
 
 
@@ -82,7 +82,7 @@ def einsum(
     (2, 5, 3)
     """
     subscripts, given = split_args(*args)
-    arrays = [qarray.unwrap(x) for x in given]
+    arrays = operands.unwrap(*given)
     quantized = any(isinstance(x, QArray) for x in arrays)
     is_default = _qwix_dot_general is _dot_general.dot_general
     if not quantized and is_default:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwix._src.core import numerics, qarray
+from qwix._src.core import numerics, pytree, qarray
 from qwix._src.core.qarray import QArray
 
 MaybeQArray = jax.Array | QArray
@@ -31,6 +31,20 @@ _INT32 = np.dtype(np.int32)
 _FLOAT32 = np.dtype(np.float32)
 _E4M3 = np.dtype(jnp.float8_e4m3fn)
 _BFLOAT16 = np.dtype(jnp.bfloat16)
+
+
+def own_ops(*operands: Any) -> Any:
+    """The `QArray.own_ops` of the first operand that has some, else None."""
+    for x in operands:
+        if isinstance(x, QArray) and (ops := x.own_ops) is not None:
+            return ops
+    return None
+
+
+def unwrap(*operands: Any) -> list[Any]:
+    """The operands by `qarray.unwrap`; only without their boxes where one of them has ops of its own."""
+    unboxed = [pytree.unwrap(x) for x in operands]
+    return unboxed if own_ops(*unboxed) is not None else [qarray.unwrap(x) for x in unboxed]
 
 
 def float_operands(*operands: MaybeQArray) -> list[jax.Array]:

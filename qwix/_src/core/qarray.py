@@ -38,6 +38,7 @@ __all__ = [
     "USE_RECIPROCAL_FOR_QUANTIZATION",
     "HowToQuantize",
     "QArray",
+    "UnquantizedQArray",
     "broadcast_to",
     "calibrate",
     "call_with_generic_broadcast",
@@ -135,6 +136,14 @@ class QArray:
             return None
         return tiling.tile_shape(self.qvalue.shape, self.zero_point.shape)
 
+    @property
+    def own_ops(self) -> Any:
+        """None; a subclass with kernels of its own returns what has the ops of `core/` that use them.
+
+        Those are called as the ones in `core/`, with operands that are not in `plain` form.
+        """
+        return None
+
     def plain(self) -> "QArray":
         """Itself; a subclass that is laid out in another way returns an equal array of this class.
 
@@ -174,6 +183,32 @@ class QArray:
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         raise TypeError("A QArray does not turn into a NumPy array by itself: dequantize it first.")
+
+
+class UnquantizedQArray(QArray):
+    """A float array and how to quantize it, for an op with kernels of its own that quantizes as it computes.
+
+    To everything else it is `plain`, the quantized array. It lives within one op and is no pytree.
+
+    >>> x = UnquantizedQArray(jnp.array([1.0, -2.0]), HowToQuantize(qtype=jnp.int8))
+    >>> dequantize(x).round(1)
+    Array([ 1., -2.], dtype=float32)
+    """
+
+    how: "HowToQuantize"
+
+    def __init__(self, array: jax.Array, how: "HowToQuantize") -> None:
+        for name, value in {
+            "qvalue": array,
+            "scale": array,
+            "zero_point": None,
+            "qtype": how.qtype,
+            "how": how,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def plain(self) -> QArray:
+        return quantize(self.qvalue, self.how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from flax.nnx.nn import dtypes as nnx_dtypes
 from qwix._src import interception, provenance, qconfig
 from qwix._src.core import conv_general, dot_general, einsum, einsum_info, numerics, qarray
 from qwix._src.core import dot as core_dot
+from qwix._src.core import operands as core_operands
 from qwix._src.providers.quantized_param import create_quantized_param, quantize_param
 from qwix._src.providers.with_aux import ArrayTypeVar, WithAux
 from qwix._src.utils import flax_util
@@ -145,9 +146,11 @@ class _EinsumOf:  # a partial that is equal to another of the same einsum
 
 def _run(call: _Call, *arrays: Any) -> jax.Array:
     def run(*arrays: Any) -> jax.Array:
+        quantize = call.qarray_module.quantize
+        if core_operands.own_ops(*arrays) is not None and call.qarray_module is qarray:
+            quantize = qarray.UnquantizedQArray
         operands = [
-            array if how is None else call.qarray_module.quantize(array, how)
-            for array, how in zip(arrays, call.hows, strict=True)
+            array if how is None else quantize(array, how) for array, how in zip(arrays, call.hows, strict=True)
         ]
         return call.op(*operands, **dict(call.kwargs))
 

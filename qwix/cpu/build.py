@@ -1,0 +1,132 @@
+"""Compiles the native kernels. It needs a C++17 compiler and the headers of jaxlib, and no package but Python's own.
+
+`setup.py` runs it when the package is installed, and `native.py` when the library that it finds belongs to
+other sources or another jaxlib, as after an edit, so that there is nothing to remember while developing:
+
+    python -m qwix.cpu.build                  # into the package, as an installation does
+    python -m qwix.cpu.build --sanitize OUT   # with AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+import argparse
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+SOURCES = pathlib.Path(__file__).parent / "csrc"
+FLAGS = ("-std=c++17", "-fPIC", "-Wall", "-Wextra")
+
+# The files for one instruction set each: what they are compiled with. A compiler that does not know a flag leaves
+# its file out.
+_X86: dict[str, tuple[str, ...]] = {
+    "avx2": ("-O3", "-mavx2", "-mfma", "-mf16c"),
+}
+_ARM: dict[str, tuple[str, ...]] = {}
+_MACHINES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "x86_64": ("QWIX_X86", _X86),
+    "amd64": ("QWIX_X86", _X86),
+    "aarch64": ("QWIX_ARM", _ARM),
+}
+_MACHINES["arm64"] = _MACHINES["aarch64"]
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled here; the message says what is missing."""
+
+
+def fingerprint() -> str:
+    """Names the sources: changes with any of them, and with this file."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCES.iterdir(), pathlib.Path(__file__)]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def library_name(suffix: str = "") -> str:
+    """The file name of the library that these sources make."""
+    return f"_native-{fingerprint()}{suffix}.so"
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler: `$CXX`, or the first of c++, g++ and clang++; None if there is none."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        command = name.split() if name else []
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def compile_library(output: pathlib.Path, include_dir: str | os.PathLike[str], extra: tuple[str, ...] = ()) -> None:
+    """Compiles the kernels into a shared library.
+
+    Args:
+      output: the library's path, which appears when it is complete.
+      include_dir: that of jaxlib, `jax.ffi.include_dir()`.
+      extra: flags for compiling and linking.
+
+    Raises:
+      BuildError: there is no compiler, or it fails; the message has the command and the end of its output.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: install g++ or clang++, or name one in the variable CXX")
+    if os.name != "posix":
+        raise BuildError(f"the kernels have been compiled on Linux and macOS only, not on {sys.platform}")
+    machine, variants = _MACHINES.get(platform.machine().lower(), ("", {}))
+    defines = [f"-D{machine}"] if machine else []
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = pathlib.Path(scratch)
+        known = {name: flags for name, flags in variants.items() if _accepts(compiler, flags, objects)}
+        defines += [f"-DQWIX_{name.upper()}" for name in known]
+        jobs = {name: list(flags) for name, flags in known.items()} | {"portable": ["-O2"]}
+        commands = [
+            [*flags, str(SOURCES / f"kernels_{name}.cc"), "-o", str(objects / f"{name}.o")]
+            for name, flags in jobs.items()
+        ]
+        commands.append(["-O2", str(SOURCES / "ffi.cc"), "-o", str(objects / "ffi.o")])
+        common = [*compiler, *FLAGS, *defines, *extra, "-isystem", os.fspath(include_dir), "-c"]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(lambda command: _run([*common, *command]), commands))
+        library = objects / "library.so"
+        _run([*compiler, "-shared", *extra, *map(str, sorted(objects.glob("*.o"))), "-o", str(library)])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may build it too, or load it while it is copied.
+        partial = output.with_name(f"{output.name}.{os.getpid()}")
+        shutil.copy(library, partial)
+        partial.replace(output)
+
+
+def _accepts(compiler: list[str], flags: tuple[str, ...], scratch: pathlib.Path) -> bool:
+    source = scratch / "empty.cc"
+    source.write_text("")
+    command = [*compiler, *flags, "-Werror", "-c", str(source), "-o", str(scratch / "empty.out")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BuildError(f"the compiler failed: {' '.join(command)}\n{result.stderr[-4000:]}")
+
+
+def main() -> None:
+    """Compiles for the jaxlib of this environment."""
+    import jax.ffi
+
+    parser = argparse.ArgumentParser(description="Compile the native CPU kernels of qwix.")
+    parser.add_argument("--sanitize", metavar="OUT", help="with sanitizers, to this path")
+    args = parser.parse_args()
+    if args.sanitize:
+        extra = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+        compile_library(pathlib.Path(args.sanitize), jax.ffi.include_dir(), extra)
+    else:
+        compile_library(pathlib.Path(__file__).parent / library_name(), jax.ffi.include_dir())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+// What a kernel is asked to do, in terms that know nothing of XLA. The layout of the packed weight is
+// described in ../packed.py.
+
+#ifndef QWIX_CPU_JOB_H_
+#define QWIX_CPU_JOB_H_
+
+#include <cstdint>
+
+namespace qwix {
+
+inline constexpr int64_t kColumns = 16;    // of a block
+inline constexpr int64_t kStepBytes = 64;  // 16 columns x 4 bytes: 4 k of 8 bits, 8 k of 4 bits
+
+// The numbers are those of `FORMATS` in ../packed.py.
+enum Format : int64_t { kInt8 = 0, kInt4 = 1, kE2M1 = 2, kNF4 = 3, kE4M3 = 4, kE5M2 = 5 };
+
+constexpr bool is_nibble(Format f) { return f == kInt4 || f == kE2M1 || f == kNF4; }
+constexpr bool is_integer(Format f) { return f == kInt8 || f == kInt4 || f == kE2M1; }
+constexpr int64_t step_k(Format f) { return is_nibble(f) ? 8 : 4; }
+// Codes of integer formats are unsigned; this one stands for 0 where there are no zero points.
+constexpr int32_t code_of_zero(Format f) { return f == kInt8 ? 128 : f == kInt4 ? 8 : 12; }
+
+enum class Type { kF32, kBF16, kF16, kS8 };
+
+enum class Mode : int64_t {
+  kFloat = 0,      // x is float, and stays so
+  kDynamic = 1,    // x is float, and quantized here: to int8, a scale for each row and tile
+  kQuantized = 2,  // x is int8 with scales
+};
+
+// y[m, l, n] = sum_k x[m, k] w[l, k, n] + bias[l, n].
+struct Job {
+  int64_t m, k, n;
+  int64_t leads;   // matrices side by side in the output
+  int64_t blocks;  // of 16 columns, in each lead
+  int64_t tile, padded_tile, tiles;
+  Format format;
+  Mode mode;
+  float factor;  // of the largest magnitude, which a dynamic scale maps to 127.5
+  const void* x;
+  Type x_type;
+  const float* x_scale;  // (m, x_tiles), quantized mode
+  int64_t x_tiles;       // 1 or tiles
+  const uint8_t* codes;  // (leads * blocks, steps, 64)
+  const void* scale;     // (leads * blocks, tiles, 16)
+  Type scale_type;
+  const uint8_t* zeros;  // as scale, or null
+  const float* bias;     // (leads, n) or null
+  void* y;               // (m, leads, n)
+  Type y_type;
+  // Scratch: what `prepare` writes and `multiply` reads. `rows` may be x itself.
+  char* rows;
+  int64_t row_stride;  // bytes
+  float* row_scale;    // (m, tiles)
+  int32_t* row_sum;    // (m, tiles): of codes in integer modes, of floats (as float) in float mode
+
+  bool integer() const { return mode != Mode::kFloat; }
+  int64_t padded_k() const { return tiles * padded_tile; }
+  int64_t steps_of_tile() const { return padded_tile / step_k(format); }
+  int64_t block_bytes() const { return tiles * steps_of_tile() * kStepBytes; }
+};
+
+inline constexpr int64_t kRowsOfItem = 256;
+inline constexpr int64_t kPanelK = 256;
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  // Bytes of a prepared row (a multiple of 4), of the workspace of a thread.
+  int64_t (*row_bytes)(const Job&);
+  int64_t (*workspace_bytes)(const Job&);
+  // Rows [begin, end) of x into `rows`, `row_scale` and `row_sum`.
+  void (*prepare)(const Job&, int64_t begin, int64_t end);
+  // Columns of blocks [block, block_end), rows [begin, end) of the output.
+  void (*multiply)(const Job&, int64_t block, int64_t block_end, int64_t begin, int64_t end, char* workspace);
+};
+
+// Whether `prepare` has anything to do.
+inline bool needs_prepare(const Job& job) {
+  return job.integer() || job.x_type != Type::kF32 || job.padded_tile != job.tile || job.zeros != nullptr;
+}
+
+}  // namespace qwix
+
+#endif  // QWIX_CPU_JOB_H_

@@ -1,0 +1,8 @@
+#include "simd_avx2.h"
+// The layer comes first.
+#include "kernels.h"
+#include "registry.h"
+
+namespace qwix {
+const Kernels& avx2_kernels() { return kKernels; }
+}  // namespace qwix

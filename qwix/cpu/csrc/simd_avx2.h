@@ -1,0 +1,201 @@
+// The vector layer on AVX2, FMA and F16C: see simd_portable.h for what each name means.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "job.h"
+
+namespace qwix {
+namespace {
+
+struct Simd {
+  static constexpr const char* kName = "avx2";
+  static constexpr int kRows = 4;
+  static constexpr int kPanelRows = 6;
+
+  struct Floats { __m256 a, b; };
+  struct Ints { __m256i a, b; };
+  struct Bytes { __m256i a, b; };
+
+  static Floats fset(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static Floats fload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void fstore(float* p, Floats v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+  }
+  static Floats fload_bf16(const uint16_t* p) {
+    auto half = [](const uint16_t* q) {
+      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+    };
+    return {half(p), half(p + 8)};
+  }
+  static Floats fload_f16(const uint16_t* p) {
+    auto half = [](const uint16_t* q) {
+      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    };
+    return {half(p), half(p + 8)};
+  }
+  static Floats fma(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+  }
+  static Floats fmul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static Floats fadd(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static Floats fsub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static Floats fclamp(Floats x, float low, float high) {
+    const __m256 l = _mm256_set1_ps(low), h = _mm256_set1_ps(high);
+    return {_mm256_min_ps(_mm256_max_ps(x.a, l), h), _mm256_min_ps(_mm256_max_ps(x.b, l), h)};
+  }
+
+  static Ints iset(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static Ints iload(const int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+  }
+  static void istore(int32_t* p, Ints v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.b);
+  }
+  static Ints iload_u8(const uint8_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+  }
+  static Ints iload_s8(const int8_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))};
+  }
+  static Ints iadd(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static Ints isub(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+  static Ints imul(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+  static Ints imax(Ints x, Ints y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+  static Ints magnitude_bits(Floats x) {
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    return {_mm256_and_si256(_mm256_castps_si256(x.a), mask), _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
+  }
+  static Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  static Ints round(Floats v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+
+  // 16 codes of an activation, as `Dot` wants them: int8, or (wide) int16 in the order 0 2 1 3 of each group.
+  template <bool kWide>
+  static void store_codes(char* p, Ints v) {
+    // packs works on halves of 128 bits: 0-3 8-11 | 4-7 12-15.
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
+    if constexpr (kWide) {
+      const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                             0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, order));
+    } else {
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
+  }
+
+  static Bytes load_bytes(const uint8_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  static Bytes low_nibbles(Bytes v) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+  }
+  static Bytes high_nibbles(Bytes v) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), mask)};
+  }
+  static Bytes lookup(const int8_t (&table)[16], Bytes nibbles) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)};
+  }
+  static Bytes flip(Bytes v, uint8_t bits) {
+    const __m256i mask = _mm256_set1_epi8(static_cast<char>(bits));
+    return {_mm256_xor_si256(v.a, mask), _mm256_xor_si256(v.b, mask)};
+  }
+  // Bits [shift, shift + width) of each column's 32, as a signed number.
+  template <int kShift, int kWidth>
+  static Ints field(Bytes v) {
+    auto half = [](__m256i x) {
+      if constexpr (kShift + kWidth < 32) x = _mm256_slli_epi32(x, 32 - kShift - kWidth);
+      return _mm256_srai_epi32(x, 32 - kWidth);
+    };
+    return {half(v.a), half(v.b)};
+  }
+  // table[bits [shift, shift + 4) of each column's 32].
+  template <int kShift>
+  static Floats field_lookup(const float (&table)[16], Bytes v) {
+    const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    auto half = [&](__m256i x) {
+      const __m256i index = _mm256_srli_epi32(x, kShift);  // only its low 3 bits count
+      const __m256 select = _mm256_castsi256_ps(_mm256_slli_epi32(x, 28 - kShift));
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), select);
+    };
+    return {half(v.a), half(v.b)};
+  }
+  // fp8 of the byte in the low 8 bits (sign-extended) as float. Relies on denormals being honoured.
+  template <Format kFormat>
+  static Floats fp8(Ints v) {
+    auto half = [](__m256i x) {
+      constexpr bool kE4 = kFormat == kE4M3;
+      const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi32(0x7f));
+      const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi32(INT32_MIN));
+      __m256i special = kE4 ? _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f))
+                            : _mm256_and_si256(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7b)),
+                                               _mm256_set1_epi32(0x7f800000));
+      __m256i bits = _mm256_slli_epi32(magnitude, kE4 ? 20 : 21);
+      bits = _mm256_or_si256(_mm256_or_si256(bits, special), sign);
+      return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(kE4 ? 0x1p120f : 0x1p112f));
+    };
+    return {half(v.a), half(v.b)};
+  }
+
+  // Sums of products of codes and activations. kWide: codes of 8 bits, else up to 24.
+  template <bool kWide>
+  struct Dot;
+};
+
+// vpmaddubsw would saturate on codes of 8 bits, so that they are widened; no time is lost, as it would need a
+// second multiplication (vpmaddwd by ones), and this is one of two on half as many.
+template <>
+struct Simd::Dot<true> {
+  static constexpr bool kWideActs = true;
+  static constexpr int64_t kFlushGroups = INT64_MAX / 8;
+  using Partial = Ints;
+  static Partial zero() { return iset(0); }
+  static void add(Partial& p, Bytes codes, const char* act) {
+    int32_t even, odd;
+    std::memcpy(&even, act, 4);
+    std::memcpy(&odd, act + 4, 4);
+    const __m256i mask = _mm256_set1_epi16(0xff);
+    const __m256i e = _mm256_set1_epi32(even), o = _mm256_set1_epi32(odd);
+    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_and_si256(codes.a, mask), e));
+    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_and_si256(codes.b, mask), e));
+    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_srli_epi16(codes.a, 8), o));
+    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_srli_epi16(codes.b, 8), o));
+  }
+  static Ints sums(Partial p) { return p; }
+};
+
+// Two products of a code up to 15 and an activation are at most 2 * 15 * 128 = 3840, so that 16 bits hold 8 of
+// those; of codes up to 24 they hold 5.
+template <>
+struct Simd::Dot<false> {
+  static constexpr bool kWideActs = false;
+  static constexpr int64_t kFlushGroups = 8;
+  struct Partial { __m256i a, b; };
+  static Partial zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static void add(Partial& p, Bytes codes, const char* act) {
+    int32_t group;
+    std::memcpy(&group, act, 4);
+    const __m256i g = _mm256_set1_epi32(group);
+    p.a = _mm256_add_epi16(p.a, _mm256_maddubs_epi16(codes.a, g));
+    p.b = _mm256_add_epi16(p.b, _mm256_maddubs_epi16(codes.b, g));
+  }
+  static Ints sums(Partial p) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(p.a, ones), _mm256_madd_epi16(p.b, ones)};
+  }
+};
+
+}  // namespace
+}  // namespace qwix

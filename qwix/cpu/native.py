@@ -1,0 +1,158 @@
+"""The native kernels as JAX functions: finds the library, or compiles it, and calls it through `jax.ffi`."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import warnings
+
+import jax
+import jax.ffi
+import jax.numpy as jnp
+import numpy as np
+
+from qwix.cpu import build
+
+TARGET = "qwix_cpu_matmul"
+
+# Of `matmul`; the numbers are those of `Mode` in csrc/job.h.
+FLOAT, DYNAMIC, QUANTIZED = range(3)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library with its kernels registered, or why there is none."""
+    packaged = pathlib.Path(__file__).parent / build.library_name()
+    problem = ""
+    if packaged.is_file():
+        problem, library = _register(packaged)
+        if library is not None:
+            return library
+    try:
+        cached = _cache_dir() / build.library_name(f"-{_headers()}")
+        if not cached.is_file():
+            build.compile_library(cached, jax.ffi.include_dir())
+        problem, library = _register(cached)
+    except (OSError, build.BuildError) as error:
+        problem, library = str(error), None
+    if library is not None:
+        return library
+    warnings.warn(
+        f"qwix.cpu has no native kernels, packed weights run on XLA, which is slow on a CPU: {problem}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return problem
+
+
+def _register(path: pathlib.Path) -> tuple[str, ctypes.CDLL | None]:
+    """(problem, library): one of the two."""
+    try:
+        library = ctypes.CDLL(os.fspath(path))
+        library.qwix_cpu_kernels.restype = ctypes.c_char_p
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.qwix_cpu_matmul), platform="cpu")
+    except Exception as error:  # XLA refuses a library of another FFI version with an error of its own
+        return f"{path}: {error}", None
+    return "", library
+
+
+def _cache_dir() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "qwix"
+
+
+def _headers() -> str:
+    """Names the FFI headers that a library is compiled with."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(jax.ffi.include_dir()).rglob("*.h")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_available() -> bool:
+    """Whether there are native kernels; the first call may compile them, and warns if that is impossible."""
+    return not isinstance(_load(), str)
+
+
+def kernels() -> list[str]:
+    """The instruction sets that this CPU has kernels for, best first: that one is used.
+
+    >>> kernels()[-1]
+    'portable'
+    """
+    library = _load()
+    if isinstance(library, str):
+        return []
+    names: list[str] = []
+    while (name := library.qwix_cpu_kernels(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def matmul(
+    x: jax.Array,
+    x_scale: jax.Array | None,
+    codes: jax.Array,
+    scale: jax.Array,
+    zeros: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    format_number: int,
+    mode: int,
+    columns: int,
+    tile: int,
+    factor: float = 1.0,
+    dtype: np.dtype,
+    kernel: int = 0,
+) -> jax.Array:
+    """y[m, l n] = sum_k x[m, k] w[l, k, n] + bias, of a packed w. `packed.py` says what the arrays hold.
+
+    Args:
+      x: (M, K) float32 or bfloat16; int8 in mode QUANTIZED.
+      x_scale: (M, 1) or (M, tiles) float32 in mode QUANTIZED, else None.
+      codes: (blocks, steps, 64) uint8, the blocks of one lead after the other.
+      scale: (blocks, tiles, 16), float32, bfloat16 or float16.
+      zeros: the same in uint8, or None.
+      bias: (leads * columns,) float32, or None.
+      format_number: of `packed.FORMATS`.
+      mode: FLOAT multiplies floats; DYNAMIC quantizes x to int8, a scale for each row and tile; QUANTIZED has x so.
+      columns: N, of one lead.
+      tile: how many k share a scale.
+      factor: what DYNAMIC multiplies the largest magnitude of a tile with before it is mapped to 127.5.
+      dtype: of y, float32 or bfloat16.
+      kernel: an index into `kernels()`, for tests.
+
+    Returns:
+      (M, leads * columns).
+    """
+    blocks = -(-columns // 16)
+    leads = codes.shape[-3] // max(blocks, 1)
+    none = np.zeros((0,), np.float32)
+    rows = x.shape[0]
+    padded_k = x.shape[1] // tile * (-(-tile // 8) * 8)
+    # The rows of x as the kernels want them: floats, or codes of up to 2 bytes; and two numbers for each tile.
+    row_bytes = padded_k * (4 if mode == FLOAT else 2) + x.shape[1] // tile * 8
+    as_it_is = mode == FLOAT and x.dtype == np.float32 and padded_k == x.shape[1] and zeros is None
+    call = jax.ffi.ffi_call(
+        TARGET,
+        [
+            jax.ShapeDtypeStruct((rows, leads * columns), dtype),
+            jax.ShapeDtypeStruct((0 if as_it_is else rows * row_bytes,), np.uint8),
+        ],
+        vmap_method="expand_dims",
+    )
+    out, _ = call(
+        x,
+        none if x_scale is None else x_scale,
+        codes,
+        scale,
+        none.astype(np.uint8) if zeros is None else zeros,
+        none if bias is None else jnp.asarray(bias, jnp.float32),
+        format=np.int64(format_number),
+        mode=np.int64(mode),
+        n=np.int64(columns),
+        tile=np.int64(tile),
+        factor=np.float32(factor),
+        kernels=np.int64(kernel),
+    )
+    return out

@@ -1,0 +1,270 @@
+"""The ops of `core/` on packed weights: what `PackedQArray.own_ops` is.
+
+    y = x W,  W packed, x float, or int8 with a scale for each row, or to be quantized so within the kernel
+
+An op that the kernels do not do (two packed operands, an axis of the matrix in the batch, float64, ...) runs on the
+unpacked weight, as does every op on a platform other than the CPU, or without the native library: the same numbers,
+to float rounding.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qwix._src.core import calibration, operands, qarray
+from qwix._src.core import conv_general as core_conv
+from qwix._src.core import dot_general as core_dot_general
+from qwix._src.core.qarray import HowToQuantize, QArray
+from qwix.cpu import native, packed
+from qwix.cpu.packed import PackedQArray
+
+_FLOAT32 = np.dtype(np.float32)
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+_INT8 = np.dtype(np.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What is static in a product of rows with a packed weight."""
+
+    mode: int  # of `native`
+    method: str  # calibration of mode DYNAMIC
+    dtype: np.dtype  # of the result
+
+
+def dot_general(
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`core.dot_general.dot_general` where an operand is a `PackedQArray`."""
+    dims = operands.canonical_dimension_numbers(dimension_numbers, (lhs.ndim, rhs.ndim))
+    is_rhs = isinstance(rhs, PackedQArray)
+    weight, x = (rhs, lhs) if is_rhs else (lhs, rhs)
+    x_dims, w_dims = ([side[i] for side in dims] for i in ((0, 1) if is_rhs else (1, 0)))
+    dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
+    if out_sharding is not None or not _fits(x, weight, w_dims, dtype):
+        plain = (qarray.unwrap(lhs), qarray.unwrap(rhs))
+        kwargs = {} if out_sharding is None else {"out_sharding": out_sharding}
+        return core_dot_general.dot_general(*plain, dims, precision, preferred_element_type, **kwargs)
+    out = _dot(x, weight, x_dims, w_dims, dtype)
+    if is_rhs:
+        return out
+    # (batch, x, weight) -> (batch, weight, x)
+    batch, x_rest = len(x_dims[1]), x.ndim - len(x_dims[0]) - len(x_dims[1])
+    order = [*range(batch), *range(batch + x_rest, out.ndim), *range(batch, batch + x_rest)]
+    return lax.transpose(out, order)
+
+
+def _fits(x: Any, weight: PackedQArray, w_dims: list[tuple[int, ...]], dtype: np.dtype) -> bool:
+    """Whether the kernels do such a product."""
+    contracted, batch = w_dims
+    lead = len(weight.lead)
+    return (
+        not isinstance(x, PackedQArray)
+        and sorted(contracted) == sorted(lead + axis for axis in weight.layout.k_axes)
+        and all(axis < lead for axis in batch)
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and jnp.issubdtype(dtype, jnp.floating)
+        and all(np.dtype(d).itemsize <= 4 for d in (x.dtype, weight.dtype, dtype))
+        and weight.scale.dtype.itemsize <= 4
+        and math.prod(x.shape) > 0
+    )
+
+
+def _dot(
+    x: Any, weight: PackedQArray, x_dims: list[tuple[int, ...]], w_dims: list[tuple[int, ...]], dtype: np.dtype
+) -> jax.Array:
+    """(batch axes, other axes of x, other axes of the weight)."""
+    layout, lead = weight.layout, len(weight.lead)
+    # The contracted axes of x in the order that makes K.
+    x_contracted = [x_dims[0][w_dims[0].index(lead + axis)] for axis in layout.k_axes]
+    x_batch, w_batch = list(x_dims[1]), list(w_dims[1])
+    x_rest = [axis for axis in range(x.ndim) if axis not in (*x_contracted, *x_batch)]
+    order = [*x_batch, *x_rest, *x_contracted]
+    mode, values, scale, method = _activations(x, order, len(x_contracted), weight)
+    rest_shape = tuple(x.shape[axis] for axis in x_rest)
+    product = _Product(mode, method, dtype)
+
+    def rows(values: jax.Array, scale: jax.Array | None, weight: PackedQArray) -> jax.Array:
+        values = values.reshape(-1, layout.k)
+        if scale is not None:
+            scale = jnp.broadcast_to(scale, (*rest_shape, scale.shape[-1])).reshape(-1, scale.shape[-1])
+        remaining = weight.lead
+        out = multiply(values, scale, weight, product)
+        columns = [layout.shape[axis] for axis in layout.n_axes]
+        out = out.reshape(*rest_shape, *remaining, *columns)
+        places = np.argsort(np.asarray(layout.n_axes))
+        start = len(rest_shape) + len(remaining)
+        return out.transpose(*range(start), *(start + int(i) for i in places))
+
+    # Each batch axis of the weight is a leading axis of its leaves; vmap takes the last one first.
+    for i in reversed(range(len(w_batch))):
+        axis = w_batch[i] - sum(other < w_batch[i] for other in w_batch[:i])
+        rows = jax.vmap(rows, in_axes=(0, None if scale is None else 0, axis))
+    return rows(values, scale, weight)
+
+
+def _activations(
+    x: Any, order: list[int], contracted: int, weight: PackedQArray
+) -> tuple[int, jax.Array, jax.Array | None, str]:
+    """(mode, values, scales or None, calibration method): x with its axes in `order`, as the kernels take it."""
+    format_ = packed.format_of(weight.qtype)
+    assert format_ is not None
+    tiles = weight.layout.k // weight.layout.tile
+    if isinstance(x, qarray.UnquantizedQArray) and format_.is_integer and _is_dynamic(x, order, contracted, weight):
+        return native.DYNAMIC, _supported(x.qvalue.transpose(order)), None, x.how.calibration_method
+    x = qarray.unwrap(x)
+    if isinstance(x, QArray) and format_.is_integer and x.zero_point is None:
+        is_int = jnp.issubdtype(x.qvalue.dtype, jnp.signedinteger) and jax.dtypes.itemsize_bits(x.qvalue.dtype) <= 8
+        scale = x.scale.transpose(order)
+        counts = scale.shape[scale.ndim - contracted :]
+        whole = all(n == 1 for n in counts)
+        if is_int and x.scale.dtype.itemsize <= 4 and (whole or _flat_counts(counts, x, order) == tiles):
+            scale = scale.reshape(*scale.shape[: scale.ndim - contracted], 1 if whole else tiles)
+            batched = [x.shape[axis] for axis in order[: scale.ndim - 1]]
+            scale = jnp.broadcast_to(scale, (*batched, scale.shape[-1])).astype(jnp.float32)
+            return native.QUANTIZED, x.qvalue.astype(jnp.int8).transpose(order), scale, ""
+    values = qarray.dequantize(x) if isinstance(x, QArray) else x
+    return native.FLOAT, _supported(values.transpose(order)), None, ""
+
+
+def _flat_counts(counts: tuple[int, ...], x: QArray, order: list[int]) -> int:
+    """How many tiles of equal length a row falls into; 0 if those of its axes do not lie one after the other."""
+    shape = [x.shape[axis] for axis in order[len(order) - len(counts) :]]
+    tiled = [i for i, n in enumerate(counts) if n != 1]
+    # Before the last axis that is tiled, each index has scales of its own; after it, none has.
+    if any(counts[i] != shape[i] for i in range(tiled[-1])):
+        return 0
+    return math.prod(counts)
+
+
+def _is_dynamic(x: qarray.UnquantizedQArray, order: list[int], contracted: int, weight: PackedQArray) -> bool:
+    """Whether the kernel quantizes x as `x.how` says: to int8 by absmax, a scale for each row and tile."""
+    how, layout = x.how, weight.layout
+    if how.qtype != _INT8 or how.noise_fn is not None or x.dtype not in (_FLOAT32, _BFLOAT16):
+        return False
+    if calibration.parse_calibration_method(how.calibration_method)[0] != "absmax":
+        return False
+    shape = qarray.get_scale_shape(x.shape, how)
+    counts = tuple(shape[axis] for axis in order)
+    rows = order[: len(order) - contracted]
+    if any(shape[axis] != x.shape[axis] for axis in rows):
+        return False
+    columns = counts[len(rows) :]
+    if layout.tile == layout.k:
+        return all(n == 1 for n in columns)
+    return any(n != 1 for n in columns) and _flat_counts(columns, x, order) == layout.k // layout.tile
+
+
+def _supported(x: jax.Array) -> jax.Array:
+    """Floats in a dtype that the kernels read."""
+    return x if x.dtype in (_FLOAT32, _BFLOAT16) else x.astype(jnp.float32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def multiply(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product: Any) -> jax.Array:
+    """(M, K) times a packed (leads, K, N): (M, leads * N)."""
+    if not native.is_available():
+        return _reference(x, scale, weight, product)
+    return lax.platform_dependent(
+        x,
+        scale,
+        weight,
+        cpu=functools.partial(_native, product=product),
+        default=functools.partial(_reference, product=product),
+    )
+
+
+@multiply.defjvp
+def _no_gradient(product: Any, primals: Any, tangents: Any) -> Any:
+    del product, primals, tangents
+    raise NotImplementedError(
+        "A weight packed for inference (qwix.optimize_for_inference) has no gradients, neither of it nor through it: "
+        "differentiate the model before it is packed, or qwix.cpu.restore(model)."
+    )
+
+
+def _native(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product: _Product) -> jax.Array:
+    format_, layout = packed.format_of(weight.qtype), weight.layout
+    assert format_ is not None
+    merge = lambda leaf: leaf.reshape(-1, *leaf.shape[-2:])  # noqa: E731
+    _, args = calibration.parse_calibration_method(product.method) if product.method else ("", ())
+    out = native.matmul(
+        x,
+        scale,
+        merge(weight.qvalue),
+        merge(weight.scale),
+        None if weight.zero_point is None else merge(weight.zero_point),
+        None,
+        format_number=format_.number,
+        mode=product.mode,
+        columns=layout.n,
+        tile=layout.tile,
+        factor=args[0] if args else 1.0,
+        dtype=_BFLOAT16 if product.dtype == _BFLOAT16 else _FLOAT32,
+    )
+    return out.astype(product.dtype)
+
+
+def _reference(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product: _Product) -> jax.Array:
+    """The same product by the ops of `core/`, on the unpacked weight."""
+    layout, w = weight.layout, packed.matrix(weight)
+    lead = len(weight.lead)
+    lhs: Any = x
+    if product.mode == native.DYNAMIC:
+        tiles = {} if layout.tile == layout.k else {1: layout.tile}
+        how = HowToQuantize(qtype=jnp.int8, channelwise_axes=(0,), tiled_axes=tiles, calibration_method=product.method)
+        lhs = qarray.quantize(x, how)
+    elif product.mode == native.QUANTIZED:
+        assert scale is not None
+        lhs = QArray(x, scale)
+    dims = (((1,), (lead,)), ((), ()))
+    out = core_dot_general.dot_general(lhs, w, dims, preferred_element_type=product.dtype)
+    return out.reshape(x.shape[0], -1)
+
+
+def conv_general_dilated(
+    lhs: Any,
+    rhs: Any,
+    *,
+    dimension_numbers: Any,
+    window_strides: Any,
+    padding: Any,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`core.conv_general.conv_general_dilated` where an operand is a `PackedQArray`.
+
+    A kernel that is packed is a matrix of (window, features in) x (features out); the input becomes one of a row for
+    each window.
+    """
+    lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
+    return core_conv.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
+        preferred_element_type,
+        out_sharding,
+    )

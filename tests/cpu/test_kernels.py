@@ -1,0 +1,191 @@
+"""The native kernels, each instruction set of this CPU, against NumPy in float64."""
+
+import itertools
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwix._src.core import qarray
+from qwix._src.core.qarray import HowToQuantize
+from qwix.cpu import native, packed
+
+KERNELS = range(len(native.kernels()))
+
+# (format, tile, calibration method)
+WEIGHTS = [
+    ("int8", None, "absmax"),
+    ("int8", 24, "minmax"),
+    ("int4", None, "minmax"),
+    ("int4", 32, "absmax"),
+    ("int4", 20, "minmax"),
+    ("mxfp4", 32, "absmax"),
+    ("nf4", 40, "absmax"),
+    ("float8_e4m3fn", None, "absmax"),
+    ("float8_e5m2", 16, "absmax"),
+]
+
+
+def weight(rng: np.random.Generator, k: int, n: int, qtype: Any, tile: int | None, method: str) -> qarray.QArray:
+    how = HowToQuantize(
+        qtype=qtype, channelwise_axes=(1,), tiled_axes={0: tile} if tile else {}, calibration_method=method
+    )
+    return qarray.quantize(jnp.asarray(rng.standard_normal((k, n)), jnp.float32), how)
+
+
+def run(x: Any, p: packed.PackedQArray, mode: int, kernel: int, **kwargs: Any) -> np.ndarray:
+    format_ = packed.format_of(p.qtype)
+    assert format_ is not None
+    options = {"dtype": np.dtype(np.float32), "factor": 1.0, "bias": None, "x_scale": None} | kwargs
+    return native.matmul(
+        x,
+        options.pop("x_scale"),
+        p.qvalue,
+        p.scale,
+        p.zero_point,
+        options.pop("bias"),
+        format_number=format_.number,
+        mode=mode,
+        columns=p.layout.n,
+        tile=p.layout.tile,
+        kernel=kernel,
+        **options,
+    )
+
+
+def in_float64(array: qarray.QArray) -> np.ndarray:
+    return np.asarray(qarray.dequantize(array.astype(jnp.float32)), np.float64)
+
+
+def assert_product(actual: Any, x: np.ndarray, w: np.ndarray, epsilon: float = 2e-6) -> None:
+    """actual = x w, but for rounding in proportion to the sum of magnitudes."""
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_less(np.abs(np.asarray(actual, np.float64) - x @ w), epsilon * (np.abs(x) @ np.abs(w)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("qtype", "tile", "method"), WEIGHTS)
+def test_float_activations(kernel: int, qtype: Any, tile: int | None, method: str) -> None:
+    rng = np.random.default_rng(0)
+    q = weight(rng, 120 if tile not in (16, 32) else 160, 37, qtype, tile, method)
+    p = packed.pack(q)
+    for m, dtype in ((1, np.float32), (2, np.float32), (23, np.float32), (3, jnp.bfloat16)):
+        x = rng.standard_normal((m, q.shape[0])).astype(dtype)
+        y = run(jnp.asarray(x), p, native.FLOAT, kernel)
+        assert_product(y, x.astype(np.float64), in_float64(q))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("qtype", "tile", "method"), WEIGHTS[:6])
+def test_dynamic_int8_activations(kernel: int, qtype: Any, tile: int | None, method: str) -> None:
+    rng = np.random.default_rng(1)
+    q = weight(rng, 120 if tile != 32 else 160, 37, qtype, tile, method)
+    p = packed.pack(q)
+    k = p.layout.tile
+    for m, dtype in ((1, np.float32), (2, np.float32), (23, np.float32), (3, jnp.bfloat16)):
+        x = jnp.asarray(rng.standard_normal((m, q.shape[0])).astype(dtype))
+        how = HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: k})
+        xq = qarray.quantize(x, how)
+        # The scales are the same bits; a code at a tie may be one step off, as XLA divides in several ways.
+        y = run(x, p, native.DYNAMIC, kernel)
+        step = np.abs(np.asarray(xq.scale, np.float64)).max() * np.abs(in_float64(q)).max()
+        assert np.abs(np.asarray(y, np.float64) - in_float64(xq) @ in_float64(q)).max() < 1e-5 + step
+        y = run(xq.qvalue, p, native.QUANTIZED, kernel, x_scale=xq.scale.astype(jnp.float32))
+        assert_product(y, in_float64(xq), in_float64(q), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("qtype", ["int8", "int4", "mxfp4"])
+def test_extreme_codes_do_not_saturate(kernel: int, qtype: str) -> None:
+    k, n = 512, 16
+    low, high = {"int8": (-128, 127), "int4": (-8, 7), "mxfp4": (-6, 6)}[qtype]
+    dtype = {"int8": jnp.int8, "int4": jnp.int4, "mxfp4": jnp.float4_e2m1fn}[qtype]
+    for code, act in itertools.product((low, high), (-128, 127)):
+        q = qarray.QArray(jnp.full((k, n), code).astype(dtype), jnp.ones((1, n)), None, qtype)
+        x = jnp.full((5, k), act, jnp.int8)
+        y = run(x, packed.pack(q), native.QUANTIZED, kernel, x_scale=jnp.ones((5, 1)))
+        np.testing.assert_array_equal(y, np.full((5, n), k * code * act))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2", "nf4", "mxfp4"])
+def test_every_code_is_decoded_exactly(kernel: int, qtype: str) -> None:
+    bits = packed.format_of(qtype).bits  # type: ignore[union-attr]
+    codes = np.arange(2**bits, dtype=np.uint8)
+    values = packed._from_codes(jnp.asarray(codes)[None, :], qtype)
+    q = qarray.QArray(jnp.tile(values, (8, 1)), jnp.ones((1, values.shape[1])), None, qtype)
+    # A sum of eight equal eighths is exact but for nf4; 0 inf would be NaN.
+    row = np.eye(8)[5] if qtype == "nf4" else np.full(8, 0.125)
+    for m in (1, 6):
+        x = jnp.asarray(np.tile(row, (m, 1)), jnp.float32)
+        y = np.asarray(run(x, packed.pack(q, (0,)), native.FLOAT, kernel))
+        np.testing.assert_array_equal(y[-1], np.asarray(qarray.dequantize(q))[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bias_bfloat16_output_and_calibration_factor(kernel: int) -> None:
+    rng = np.random.default_rng(2)
+    q = weight(rng, 64, 21, "int8", None, "absmax")
+    bias = jnp.asarray(rng.standard_normal(21), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2, 64)), jnp.float32)
+    y = run(x, packed.pack(q), native.FLOAT, kernel, bias=bias, dtype=np.dtype(jnp.bfloat16))
+    expected = np.asarray(x, np.float64) @ in_float64(q) + np.asarray(bias)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)
+    how = HowToQuantize(qtype="int8", channelwise_axes=(0,), calibration_method="absmax,0.5")
+    y = run(x, packed.pack(q), native.DYNAMIC, kernel, factor=0.5)
+    np.testing.assert_allclose(y, in_float64(qarray.quantize(x, how)) @ in_float64(q), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_without_a_finite_range(kernel: int) -> None:
+    rng = np.random.default_rng(3)
+    q = weight(rng, 32, 16, "int8", None, "absmax")
+    x = np.asarray(rng.standard_normal((5, 32)), np.float32)
+    x[0, 3], x[1, 4], x[2], x[3] = np.nan, np.inf, 0, x[3] * 1e30
+    y = np.asarray(run(jnp.asarray(x), packed.pack(q), native.DYNAMIC, kernel))
+    xq = qarray.quantize(jnp.asarray(x), HowToQuantize(qtype="int8", channelwise_axes=(0,)))
+    expected = np.asarray(qarray.dequantize(xq)) @ in_float64(q)
+    assert np.isnan(y[:2]).all() and np.isnan(expected[:2]).all()
+    np.testing.assert_array_equal(y[2], 0)
+    np.testing.assert_allclose(y[3:], expected[3:], rtol=1e-4)
+
+
+@hypothesis.given(
+    m=st.sampled_from([1, 4, 5, 9]), k=st.integers(1, 70), n=st.integers(1, 40), scale=st.sampled_from([1e-20, 1, 1e15])
+)
+@hypothesis.settings(max_examples=12)
+def test_any_shape_and_scale(m: int, k: int, n: int, scale: float) -> None:
+    rng = np.random.default_rng(m * k * n)
+    q = weight(rng, k, n, "int8", None, "absmax")
+    q = q.replace(scale=q.scale * scale)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    p = packed.pack(q, (0,))
+    for kernel in KERNELS:
+        assert_product(run(jnp.asarray(x), p, native.FLOAT, kernel), x.astype(np.float64), in_float64(q))
+
+
+def test_a_large_product_on_several_threads() -> None:
+    rng = np.random.default_rng(4)
+    q = weight(rng, 1024, 530, "int4", 64, "absmax")
+    x = jnp.asarray(rng.standard_normal((300, 1024)), jnp.float32)
+    p = packed.pack(q)
+    assert_product(run(x, p, native.FLOAT, 0), np.asarray(x, np.float64), in_float64(q))
+    xq = qarray.quantize(x, HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: 64}))
+    y = run(xq.qvalue, p, native.QUANTIZED, 0, x_scale=xq.scale)
+    assert_product(y, in_float64(xq), in_float64(q))
+
+
+def test_empty_batch() -> None:
+    q = weight(np.random.default_rng(5), 16, 8, "int8", None, "absmax")
+    assert run(jnp.zeros((0, 16)), packed.pack(q), native.DYNAMIC, 0).shape == (0, 8)
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    q = packed.pack(weight(np.random.default_rng(5), 16, 8, "int8", None, "absmax"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="shapes do not fit"):
+        run(jnp.zeros((2, 24)), q.replace(layout=q.layout._replace(tile=24)), native.FLOAT, 0).block_until_ready()
