@@ -29,6 +29,7 @@ ALIASES = {
 ADDED = {
     "QuantizationWarning",
     "add_adapter",
+    "apply_recipe",
     "lora_params",
     "merge_lora",
     "optimize_for_inference",
