@@ -867,8 +867,7 @@ def test_sparsify_without_a_rule_changes_nothing():
         weight_sparsity_m: int
 
     assert qarray.sparsify(x, Rule(0, 0)) is x
-    with pytest.raises(NotImplementedError, match="2:4"):
-        qarray.sparsify(x, Rule(2, 4))
+    assert qarray.sparsify(x, Rule(2, 4)).tolist() == [[1, 1, 0, 0]] * 2
 
 
 # ---------------------------------------------------------------- HowToQuantize

@@ -433,9 +433,14 @@ def sparsify(array: jax.Array, how: Any) -> jax.Array:
     `how` may have `weight_sparsity_n` and `weight_sparsity_m`, as a sparsity rule does.
     """
     n, m = (getattr(how, f"weight_sparsity_{name}", 0) for name in "nm")
-    if n and m:
-        raise NotImplementedError(f"{n}:{m} sparsity is not supported yet.")
-    return array
+    if not (n and m):
+        return array
+    from qwix._src.core import sparsity  # which knows QArrays
+
+    order, offset = getattr(how, "weight_sparsity_order", "R"), getattr(how, "weight_sparsity_offset", 0)
+    block_size = getattr(how, "weight_sparsity_block_size", 0)
+    mask = sparsity.get_sparsity_mask(array, n, m, order, block_size, offset)
+    return sparsity.apply_sparsity(array, mask)  # type: ignore[return-value]  # of a float array, one
 
 
 def get_accumulator_and_result_type(

@@ -1,0 +1,143 @@
+"""Wanda and SparseGPT against NumPy in float64, and in models."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qwix
+from qwix._src.core import qarray
+from qwix._src.providers import ptq
+from qwix.contrib import gptq_core, pruning, rotation, sparsegpt, wanda
+from qwix.contrib.pruning import PruningRule
+
+
+def problem(rows=6, columns=16, samples=64):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(rows, columns))
+    x = (
+        rng.normal(size=(columns, columns))
+        @ rng.normal(size=(columns, samples))
+        * np.exp(rng.normal(size=(columns, 1)))
+    )
+    return w, x
+
+
+def sparsegpt_oracle(w, h, n, m, rate, size, quantize=lambda w, j: w, damp=0.01):
+    """Algorithm 1 of the paper, column by column, in float64."""
+    w = w.copy()
+    rows, columns = w.shape
+    h = h + damp * np.mean(np.diag(h)) * np.eye(columns)
+    u = np.linalg.cholesky(np.linalg.inv(h)).T
+    v, mask = np.zeros_like(w), np.ones(w.shape, bool)
+    for j in range(columns):
+        if m and j % m == 0:
+            scores = (w[:, j : j + m] / np.diag(u)[j : j + m]) ** 2
+            order = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+            mask[:, j : j + m] = order < n
+        elif not m and j % size == 0:
+            scores = (w[:, j : j + size] / np.diag(u)[j : j + size]) ** 2
+            number = round(rate * scores.size)
+            mask[:, j : j + size] = scores > np.sort(scores.ravel())[number - 1]
+        v[:, j] = np.where(mask[:, j], quantize(w[:, j], j), 0)
+        w[:, j:] -= np.outer((w[:, j] - v[:, j]) / u[j, j], u[j, j:])
+    return v, mask
+
+
+def output_error(w, v, x):
+    return np.linalg.norm((np.asarray(w) - np.asarray(v)) @ x) / np.linalg.norm(np.asarray(w) @ x)
+
+
+@pytest.mark.parametrize(("n", "m", "rate", "size"), [(2, 4, 0.0, 8), (0, 0, 0.5, 8), (0, 0, 0.4, 12)])
+def test_sparsegpt_is_the_paper_s(n, m, rate, size):
+    w, x = problem()
+    h = x @ x.T / x.shape[1]
+    expected, mask = sparsegpt_oracle(w, h, n, m, rate, size)
+    found, found_mask = sparsegpt.prune_weight(
+        jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32), n=n, m=m, prune_rate=rate, blocksize=size
+    )
+    np.testing.assert_array_equal(found_mask, mask)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    magnitude = np.where(pruning.kept(jnp.abs(jnp.asarray(w)), n, m, rate), w, 0)
+    assert output_error(w, found, x) < output_error(w, magnitude, x)
+
+
+def test_sparsegpt_with_quantization():
+    w, x = problem()
+    h = x @ x.T / x.shape[1]
+    how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(0,), tiled_axes={1: 8})
+    scale = np.asarray(gptq_core.find_params(jnp.asarray(w, jnp.float32), how)[0], np.float64)
+
+    def rounded(column, j):
+        return np.clip(np.round(column / scale[:, j // 8]), -8, 7) * scale[:, j // 8]
+
+    expected, mask = sparsegpt_oracle(w, h, 2, 4, 0.0, 8, rounded)
+    found, found_mask = sparsegpt.prune_weight(
+        jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32), how=how, blocksize=8
+    )
+    np.testing.assert_array_equal(found_mask, mask)
+    np.testing.assert_allclose(qwix.dequantize(found), expected, atol=1e-3)
+    assert found.qvalue.dtype == jnp.int4
+    after = qarray.quantize(jnp.where(mask, jnp.asarray(w, jnp.float32), 0), how)
+    assert output_error(w, qwix.dequantize(found), x) < output_error(w, qwix.dequantize(after), x)
+
+
+def test_wanda_is_the_paper_s():
+    w, x = problem()
+    norms = np.linalg.norm(x, axis=1)
+    scores = np.abs(w) * norms
+    found = wanda.prune_weight(jnp.asarray(w, jnp.float32), jnp.asarray(norms, jnp.float32), m=0, prune_rate=0.25)
+    expected = np.where(scores >= np.sort(scores, 1)[:, 4:5], w, 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    equal = wanda.prune_weight(jnp.asarray(w, jnp.float32), jnp.ones(16), n=2, m=4)
+    np.testing.assert_array_equal(np.asarray(equal) != 0, pruning.kept(jnp.abs(jnp.asarray(w)), 2, 4, 0))
+
+
+@pytest.fixture(scope="module")
+def layer():
+    w, x = problem(8, 16, 64)
+    layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(jnp.asarray(w.T, jnp.float32))
+    return layer, jnp.asarray(x.T, jnp.float32)
+
+
+def test_models(layer):
+    model, x = layer
+    batches = [x[:32], x[32:]]
+    by_wanda = wanda.prune(model, [PruningRule()], batches)
+    by_sparsegpt = sparsegpt.prune(model, [PruningRule()], iter(batches))
+    h = np.asarray(x, np.float64).T @ np.asarray(x, np.float64) / 64
+    expected = sparsegpt_oracle(np.asarray(model.kernel.get_value(), np.float64).T, h, 2, 4, 0, 8)[0].T
+    np.testing.assert_allclose(by_sparsegpt.kernel.get_value(), expected, atol=2e-3)
+    for pruned in (by_wanda, by_sparsegpt):
+        groups = np.asarray(pruned.kernel.get_value()).T.reshape(8, 4, 4)
+        assert np.all((groups != 0).sum(-1) == 2)
+    error = lambda m: float(jnp.linalg.norm(m(x) - model(x)))  # noqa: E731
+    assert error(by_sparsegpt) < error(by_wanda)
+    assert np.all(np.asarray(model.kernel.get_value()) != 0)
+
+
+def test_quantized_jointly_and_after_rotation(layer):
+    model, x = layer
+    for float_model in (model, rotation.rotate(model, x)):
+        rules = [PruningRule(weight_qtype="int4")]
+        stats, (first,) = pruning.observe(float_model, sparsegpt.SparseGptCalibrationProvider(rules), [x])
+        quantized = qwix.quantize_model(float_model, ptq.PtqProvider(rules), first)
+        params = nnx.to_pure_dict(nnx.state(float_model, nnx.Param))
+        nnx.update(quantized, sparsegpt.quantize_params(params, quantized, stats))
+        assert np.sum(np.asarray(quantized.kernel.value.array.qvalue) == 0) >= 64
+        pruned = sparsegpt.prune_params(params, quantized, stats)
+        leaf = pruned["kernel"]["array"] if float_model is not model else pruned["kernel"]
+        assert np.sum(np.asarray(leaf) == 0) == 64
+
+
+def test_errors(layer):
+    model, x = layer
+    with pytest.raises(ValueError, match="no batch"):
+        wanda.prune(model, [PruningRule()], [])
+    with pytest.raises(ValueError, match="all rules of one call"):
+        wanda.prune(model, [PruningRule(module_path="a"), PruningRule(n=1)], [x])
+    with pytest.raises(ValueError, match="no statistic named <weight>_wanda"):
+        wanda.prune_params({}, model, {})
+    with pytest.raises(ValueError, match="m must divide"):
+        sparsegpt.prune_weight(jnp.ones((2, 6)), jnp.eye(6))
