@@ -95,9 +95,8 @@ def prune_weight(
 def _prune(W: jax.Array, H: jax.Array, percdamp: Any, n: int, m: int, prune_rate: float, how: Any, size: int) -> Any:
     rows, columns = W.shape
     dead = jnp.diag(H) == 0
-    H = H.astype(jnp.float32) + jnp.diag(dead.astype(jnp.float32))
     scale, zero = (None, None) if how is None else gptq_core.find_params(W.astype(jnp.float32), how)
-    U, _ = gptq_core._inverse_factor(H, percdamp)
+    U = gptq_core.inverse_factor(H, False, percdamp)[0].T
     padding = -columns % size
     # Transposed from here on: a column of W is a contiguous row.
     Wt = jnp.pad(jnp.where(dead[:, None], 0, W.T.astype(jnp.float32)), ((0, padding), (0, 0)))
