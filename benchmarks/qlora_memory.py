@@ -1,23 +1,30 @@
 """How much memory does a training step of SmolLM2-135M need: all weights, LoRA, QLoRA?
 
 What XLA reserves for one compiled step of Adam at a batch of 4 x 128 tokens: arguments, results that are no donated
-arguments, and temporaries at their peak. Nothing is run and no weight is there: the models are abstract. (JAX holds
-nf4 one element a byte on the CPU, so that a GPU or TPU needs 51 MiB less for that base than what is shown.)
+arguments, and temporaries at their peak. Nothing is run and no weight is there: the models are abstract. XLA's CPU
+backend is told to schedule for memory, as those of GPU and TPU do by themselves; its default computes what it can as
+early as it can, and so dequantizes all layers at once. (JAX holds nf4 one element a byte on the CPU, so that a GPU or
+TPU needs 51 MiB less for that base than what is shown.)
 
     python benchmarks/qlora_memory.py [--layers 30] [--json FILE]
 """
 
 import argparse
 import json
+import os
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-from flax import nnx
+# JAX reads the flag once, when its backend starts.
+_SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_SCHEDULER}".strip()
 
-import qwix
-from qwix.models.llama import Llama, LlamaConfig
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+
+import qwix  # noqa: E402
+from qwix.models.llama import Llama, LlamaConfig  # noqa: E402
 
 BATCH, LENGTH = 4, 128
 MIB = 2**20

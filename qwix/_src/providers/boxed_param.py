@@ -118,7 +118,8 @@ def run_op(
     """Runs an op on quantized operands, those that are `_ToQuantize` quantized first.
 
     The whole is jitted, so that ops that are equal but for the values of their operands are traced once for a model.
-    With `keep_quantized` a backward pass dequantizes anew, instead of keeping the forward's float copy until then.
+    With `keep_quantized` a backward pass dequantizes anew, instead of keeping the forward's float copy until then; it
+    has no forward-mode derivative.
     """
     hows = tuple(x.how if isinstance(x, _ToQuantize) else None for x in operands)
     arrays = [x.array if isinstance(x, _ToQuantize) else x for x in operands]
@@ -154,7 +155,27 @@ def _run(call: _Call, *arrays: Any) -> jax.Array:
         ]
         return call.op(*operands, **dict(call.kwargs))
 
-    return (jax.checkpoint(run) if call.keep_quantized else run)(*arrays)
+    return _dequantizing_anew(run)(*arrays) if call.keep_quantized else run(*arrays)
+
+
+def _dequantizing_anew(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of QArrays whose derivative dequantizes them anew."""
+    function = jax.custom_vjp(run)
+
+    def backward(arrays: Any, gradient: jax.Array) -> Any:
+        # `jax.checkpoint` says the same with an optimization barrier, which XLA of jax 0.10 takes out on the CPU before
+        # it merges equal computations, so that all layers' float weights would be there at once. A scale that depends
+        # on the gradient makes the computations differ. (0 * x is not simplified: x may be NaN.)
+        zero = 0 * jnp.max(gradient)
+
+        def tied(x: Any) -> Any:
+            return x.replace(scale=x.scale + zero.astype(x.scale.dtype)) if isinstance(x, qarray.QArray) else x
+
+        _, pullback = jax.vjp(run, *map(tied, arrays))
+        return pullback(gradient)
+
+    function.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
+    return function
 
 
 _run.__name__ = "qwix_op"
