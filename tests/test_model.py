@@ -44,7 +44,7 @@ def close(a, b, **kwargs):
 
 
 def after_tanh(rule):
-    """The tolerance of layers in turn: programs round tanh otherwise, which an int8 activation makes a step of 1 / 127."""
+    """The tolerance of layers in turn: a last bit of tanh can move an int8 activation by a step."""
     return {"atol": 0.02} if "act_qtype" in rule else {}
 
 
