@@ -260,9 +260,11 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
             bytes_after=sum(n for key, n in sizes.items() if f"{key}/".startswith(f"{name}/")),
             relative_error=0.0,
         )
-        if isinstance(now, WithAux) and isinstance(now.array, qarray.QArray):
+        innermost = now
+        while isinstance(innermost, WithAux):  # a rotated and scaled weight is one in the other
+            innermost, qtype = innermost.array, innermost.how.qtype
+        if isinstance(innermost, qarray.QArray):
             error = _relative_error(jnp.asarray(now).reshape(value.shape), value)
-            qtype = now.how.qtype
             qtype_name = qtype if isinstance(qtype, str) else jnp.dtype(qtype).name
             weights.append(dataclasses.replace(entry, format=qtype_name, relative_error=error))
         else:

@@ -224,3 +224,47 @@ def _awq(job: Job, *, n_grid: int = 20) -> Any:
         return awq.quantize_params(params, abstract, stats, n_grid=n_grid)
 
     return job.quantize(awq.AwqInferenceProvider(rules), quantize_params)
+
+
+@method("smooth-quant", needs_data=True)
+def _smooth_quant(job: Job, *, alpha: float = 0.5) -> Any:
+    from qwix.contrib import smooth_quant
+
+    rules = [dataclasses.replace(rule, alpha=alpha) for rule in job.rules(smooth_quant.SqRule)]
+    provider = smooth_quant.SqCalibrationProvider(rules)
+    stats = job.observe(provider)
+    check_used(provider)
+
+    def quantize_params(params: Any, abstract: Any) -> Any:
+        return smooth_quant.quantize_params(params, abstract, stats)
+
+    return job.quantize(smooth_quant.SqInferenceProvider(rules), quantize_params)
+
+
+@method("gptq", needs_data=True)
+def _gptq(job: Job, *, block_size: int = 128, damping: float = 0.01, act_order: bool = False) -> Any:
+    from qwix.contrib import gptq
+
+    rules = job.rules(gptq.GptqRule)
+    provider = gptq.GptqCalibrationProvider(rules)
+    stats = job.observe(provider)
+    check_used(provider)
+
+    def quantize_params(params: Any, abstract: Any) -> Any:
+        return gptq.quantize_params(
+            params, abstract, stats, gptq_block_size=block_size, gptq_damping_factor=damping, act_order=act_order
+        )
+
+    return job.quantize(ptq.PtqProvider(rules), quantize_params)
+
+
+@method("rotate", quantizes=False)
+def _rotate(job: Job, *, seed: int = 0, block_size: int | None = None) -> Any:
+    from qwix.contrib import rotation
+
+    rules = job.rules(rotation.RotationRule)
+    rules = [dataclasses.replace(r, seed=seed, block_size=block_size) for r in rules if r.weight_qtype is not None]
+    if isinstance(job.model, LinenModel):
+        module, variables = job.model
+        return LinenModel(*rotation.rotate(module, *job.inputs, variables=variables, rules=rules))
+    return rotation.rotate(job.model, *job.inputs, rules=rules)
