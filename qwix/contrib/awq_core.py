@@ -16,6 +16,14 @@ error is taken from the mean magnitudes alone, without the samples:
     L(alpha) = mean over i, j of ((Q(W diag(s))_ij / s_j - W_ij) a_j)^2
 
 alpha = 0 is rounding to nearest, so the result is never worse than that, as L measures it.
+
+Where the second moments H = X X^T of the activations are known, the error of the output itself is taken instead,
+
+    L(alpha) = tr(E H E^T) = ||E X||^2,        E = Q(W diag(s)) diag(s)^-1 - W
+
+and each group of a row may clip its range, as the later versions of the reference implementation do: its scale is that
+of a share of the largest magnitude, the share on a grid below 1 that minimizes the error that the group alone makes,
+e_g H_gg e_g^T.
 """
 
 import functools
@@ -26,6 +34,9 @@ import jax.numpy as jnp
 
 from qwix._src.core import numerics, qarray
 from qwix.contrib import input_scale
+
+# How many rows of a weight are enough to choose the scales that all of them share.
+_MAX_ROWS = 1024
 
 
 def compute_act_scale(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -84,7 +95,13 @@ def search_optimal_scales(
 
 
 def quantize_weight(
-    w: jax.Array, activation_scales: jax.Array, how: qarray.HowToQuantize, n_grid: int = 20
+    w: jax.Array,
+    activation_scales: jax.Array,
+    how: qarray.HowToQuantize,
+    n_grid: int = 20,
+    *,
+    second_moments: jax.Array | None = None,
+    n_clip: int = 0,
 ) -> tuple[qarray.QArray, jax.Array]:
     """Quantizes a weight with AWQ.
 
@@ -93,6 +110,9 @@ def quantize_weight(
       activation_scales: (in,), see `compute_act_scale`.
       how: how to quantize, in terms of the axes of `w`.
       n_grid: see `search_optimal_scales`.
+      second_moments: X X^T of the activations, (in, in), up to a factor; with them, scales are searched for on the
+        error of the output.
+      n_clip: with second moments, the number of shares that ranges are clipped to, see `clip`.
 
     Returns:
       Q(W diag(s)), which dequantizes to the dtype of `w`, and s, float32 (1, in):
@@ -104,23 +124,145 @@ def quantize_weight(
     >>> bool(jnp.allclose(qarray.dequantize(array) / scales, w, atol=0.05))
     True
     """
-    scales = search_optimal_scales(w, activation_scales, how, n_grid)
-    array = input_scale.quantize_scaled(w, scales, how)
-    return array, scales
+    if second_moments is None:
+        scales = search_optimal_scales(w, activation_scales, how, n_grid)
+    else:
+        candidates = grid(activation_scales, n_grid)
+        scales = candidates[jnp.argmin(output_errors(w, second_moments, candidates, how))][None]
+    if second_moments is None or not n_clip:
+        return input_scale.quantize_scaled(w, scales, how), scales
+    return clip(w * scales, second_moments / (scales.T * scales), how, n_clip), scales
+
+
+def grid(activation_scales: jax.Array, n_grid: int, min_scale: float = 1e-4) -> jax.Array:
+    """The scales of each alpha, (n_grid, in); see `search_optimal_scales`. NaN if `activation_scales` are not finite.
+
+    >>> grid(jnp.array([4.0, 1.0]), 3).tolist()
+    [[1.0, 1.0], [1.4142135381698608, 0.7071067690849304], [2.0, 0.5]]
+    """
+    if n_grid < 1:
+        raise ValueError(f"n_grid={n_grid}: the grid needs at least one point.")
+    _, base = _magnitudes(activation_scales, min_scale)
+    scales = jax.vmap(functools.partial(_normalized, base))(jnp.linspace(0, 1, n_grid, dtype=jnp.float32))
+    return jnp.where(jnp.isfinite(activation_scales).all(), scales, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnames=("how",))
+def output_errors(w: jax.Array, second_moments: jax.Array, scales: jax.Array, how: qarray.HowToQuantize) -> jax.Array:
+    """tr(E H E^T) of the module's docstring for several choices of scales.
+
+    Args:
+      w: (out, in).
+      second_moments: H, (in, in).
+      scales: (choices, in).
+      how: how the scaled weight will be quantized.
+
+    All rows share the scales, and the error of a row costs in^2 multiplications: of a large weight only some rows, evenly
+    spaced, are looked at.
+
+    Returns:
+      float32 (choices,).
+
+    >>> how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(0,))
+    >>> errors = output_errors(jnp.array([[7.5, 0.4]]), jnp.diag(jnp.array([1.0, 9.0])), jnp.array([[1.0, 1.0]]), how)
+    >>> round(float(errors[0]), 2)  # 7.5 becomes 7, and 0.4 becomes 0
+    1.69
+    """
+    rows = _some_rows(w, max(64, 2**30 // w.shape[1] ** 2)).astype(jnp.float32)
+    h = second_moments.astype(jnp.float32)
+
+    e = jax.lax.map(lambda s: _round_trip(rows * s, how) / s - rows, scales)
+    products = jnp.matmul(e.reshape(-1, w.shape[1]), h).reshape(e.shape)  # one large matmul is quicker than many
+    return jnp.sum(products * e, (1, 2))
+
+
+@functools.partial(jax.jit, static_argnames=("how", "n_clip", "least"))
+def clip(
+    w: jax.Array, second_moments: jax.Array, how: qarray.HowToQuantize, n_clip: int = 10, least: float = 0.5
+) -> qarray.QArray:
+    """Quantizes a weight, the range of each scale clipped to the share that makes the smallest error of the output.
+
+    Shares are 1, and n_clip evenly spaced ones down to `least`. The errors of different scales are taken as
+    independent, and within one that spans more than 128 columns, those of blocks of at most 128.
+
+    Args:
+      w: (out, in).
+      second_moments: H of its inputs, (in, in).
+      how: channelwise on axis 0 or not, tiled on axis 1 or not.
+      n_clip: number of shares below 1.
+      least: the smallest share.
+
+    Returns:
+      The QArray, which dequantizes to the dtype of `w`.
+
+    >>> how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(0,))
+    >>> w = jnp.array([[1.0, 1.0, 1.0, 9.0]])
+    >>> clip(w, jnp.diag(jnp.array([1.0, 1.0, 1.0, 1e-3])), how).scale < qarray.quantize(w, how).scale
+    Array([[ True]], dtype=bool)
+    """
+    x = w.astype(jnp.float32)
+    _, groups = qarray.get_scale_shape(x.shape, how)
+    columns = x.shape[1] // groups
+    block = max(n for n in range(1, min(128, columns) + 1) if columns % n == 0)
+    blocks = x.shape[1] // block
+    h = second_moments.astype(jnp.float32).reshape(blocks, block, blocks, block)
+    h = h[jnp.arange(blocks), :, jnp.arange(blocks)]
+    shares = jnp.linspace(1, least, n_clip + 1, dtype=jnp.float32)
+
+    def parameters_of(x: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        clipped = {name: value * share for name, value in qarray.calibrate(x, how).items()}
+        return qarray.compute_scale_zero_point(clipped, how.qtype)
+
+    def errors(x: jax.Array, share: jax.Array) -> jax.Array:
+        e = (_round_trip(x, how, parameters_of(x, share)) - x).reshape(-1, blocks, block).transpose(1, 0, 2)
+        of_blocks = jnp.sum(jnp.matmul(e, h) * e, -1).T
+        rows = x.shape[0] if 0 in how.channelwise_axes else 1
+        return of_blocks.reshape(rows, -1, groups, blocks // groups).sum((1, 3))
+
+    def best_of(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def better(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            found = errors(x, share)
+            is_better = found < best[0]
+            return (jnp.where(is_better, found, best[0]), jnp.where(is_better, share, best[1])), None
+
+        first = errors(x, shares[0])
+        (_, best), _ = jax.lax.scan(better, (first, jnp.ones_like(first)), shares[1:])
+        return parameters_of(x, best)
+
+    # Some rows after the others, so that what a share is tried on stays in the cache.
+    chunk = 64 if 0 in how.channelwise_axes and x.shape[0] > 64 else x.shape[0]
+    padded = jnp.pad(x, ((0, -x.shape[0] % chunk), (0, 0)))
+    found = jax.lax.map(best_of, padded.reshape(-1, chunk, x.shape[1]))
+    scale, zero_point = jax.tree.map(lambda p: p.reshape(-1, groups)[: x.shape[0]], found)
+    return qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point).astype(w.dtype)
+
+
+def _some_rows(w: jax.Array, count: int) -> jax.Array:
+    """About `count` rows, evenly spaced."""
+    return w[:: max(w.shape[0] // count, 1)]
+
+
+def _magnitudes(activation_scales: jax.Array, min_scale: float) -> tuple[jax.Array, jax.Array]:
+    """a_j as a share of the largest one, and the same clipped."""
+    largest = activation_scales.max()
+    magnitudes = jnp.where(largest > 0, activation_scales.astype(jnp.float32) / largest, 1)
+    return magnitudes, jnp.maximum(magnitudes, min_scale)
+
+
+def _normalized(base: jax.Array, alpha: jax.Array) -> jax.Array:
+    scales = base**alpha
+    return scales / jnp.sqrt(scales.max() * scales.min())
 
 
 @functools.partial(jax.jit, static_argnames=("how", "n_grid", "min_scale"))
 def _search(
     w: jax.Array, activation_scales: jax.Array, how: qarray.HowToQuantize, n_grid: int, min_scale: float
 ) -> jax.Array:
-    w = w.astype(jnp.float32)
-    largest = activation_scales.max()
-    magnitudes = jnp.where(largest > 0, activation_scales.astype(jnp.float32) / largest, 1)
-    base = jnp.maximum(magnitudes, min_scale)
+    w = _some_rows(w, _MAX_ROWS).astype(jnp.float32)
+    magnitudes, base = _magnitudes(activation_scales, min_scale)
 
     def scales_of(alpha: jax.Array) -> jax.Array:
-        scales = base**alpha
-        return (scales / jnp.sqrt(scales.max() * scales.min()))[None, :]
+        return _normalized(base, alpha)[None, :]
 
     def loss(alpha: jax.Array) -> jax.Array:
         scales = scales_of(alpha)
@@ -134,9 +276,14 @@ def _search(
     return jnp.where(jnp.isfinite(activation_scales).all(), best, jnp.nan)
 
 
-def _round_trip(x: jax.Array, how: qarray.HowToQuantize) -> jax.Array:
-    """dequantize(quantize(x)) in float32, without packing elements into 4 bits on the way."""
-    scale, zero_point = qarray.compute_scale_zero_point(qarray.calibrate(x, how), how.qtype)
+def _round_trip(x: jax.Array, how: qarray.HowToQuantize, parameters: Any = None) -> jax.Array:
+    """dequantize(quantize(x)) in float32, without packing elements into 4 bits on the way.
+
+    `parameters` are the scale and zero point; None: those that `how` finds.
+    """
+    if parameters is None:
+        parameters = qarray.compute_scale_zero_point(qarray.calibrate(x, how), how.qtype)
+    scale, zero_point = parameters
     x = qarray.call_with_generic_broadcast(jnp.divide, x, scale)
     if zero_point is not None:
         x = qarray.call_with_generic_broadcast(jnp.add, x, zero_point.astype(x.dtype))
