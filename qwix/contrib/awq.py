@@ -22,7 +22,7 @@ weight s W stays in its format until the matmul, and goes into an integer one if
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -32,7 +32,7 @@ from flax import nnx
 from qwix._src import nnx_nodes, qconfig
 from qwix._src.core import pytree
 from qwix._src.providers import ptq
-from qwix.contrib import awq_core, calibration, input_scale
+from qwix.contrib import awq_core, calibration, gptq_core, input_scale, scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,11 @@ class AwqRule(qconfig.QuantizationRule):
 class AwqCalibrationProvider(calibration.SinglePassCalibrationProvider):
     """Collects the mean magnitude of the input features of each weight under an `AwqRule`.
 
+    Args:
+      rules: see `QuantizationRule`.
+      second_moments: also X X^T of the inputs X, with which scales are searched for on the error of the output.
+      **kwargs: see `QuantizationProvider`.
+
     >>> import qwix
     >>> from flax import nnx
     >>> model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
@@ -60,11 +65,16 @@ class AwqCalibrationProvider(calibration.SinglePassCalibrationProvider):
     [2.0, 2.0]
     """
 
+    def __init__(self, rules: Sequence[Any], *, second_moments: bool = False, **kwargs: Any):
+        super().__init__(rules, **kwargs)
+        self._second_moments = second_moments
+
     def get_rule_type(self) -> type[qconfig.QuantizationRule]:
         return AwqRule
 
     def compute_stats(self, lhs: jax.Array) -> dict[str, Any]:
-        return {"act_scale": awq_core.compute_act_scale(lhs, axis=1)}
+        stats = {"act_scale": awq_core.compute_act_scale(lhs, axis=1)}
+        return stats | {"hessian": gptq_core.compute_hessian(lhs)} if self._second_moments else stats
 
     def get_stats_suffix(self) -> str:
         return "_awq"
@@ -142,7 +152,11 @@ def quantize_params(
         if is_nnx:
             input_scale.check_place(context, AwqInferenceProvider)
         array, scale = awq_core.quantize_weight(
-            context.weight, context.calibration_stats["act_scale"], context.how, n_grid
+            context.weight,
+            context.calibration_stats["act_scale"],
+            context.how,
+            n_grid,
+            second_moments=context.calibration_stats.get("hessian"),
         )
         return input_scale.with_scale(context, WithAwqScale, array, scale[0])
 
@@ -162,3 +176,76 @@ def quantize_params(
         allow_extra_params=allow_extra_params,
         default_stats=unit_stats,
     )
+
+
+def smooth(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None
+) -> tuple[Any, dict[str, str]]:
+    """Scales a float model by AWQ, and keeps its outputs: a stage before another method, such as GPTQ.
+
+    Args:
+      model: NNX or Linen; it is left alone.
+      batches: calibration inputs, read once: arrays, tuples of arguments, dictionaries of keyword arguments.
+      rules: `AwqRule`s, with the formats that the weights will get and `n_grid`.
+      variables: Linen only.
+
+    Returns:
+      The float model (in Linen its variables), and for each weight that was left as it was, by path, why its scale
+      cannot be folded. Weights that share an input share a scale.
+    """
+    calibrated, chosen, _ = _calibrated(model, batches, rules, variables)
+    return scaling.smooth(calibrated, chosen)
+
+
+def quantize(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_clip: int = 10
+) -> Any:
+    """Quantizes a model with AWQ on the error of each layer's output.
+
+    Scales are folded where the model lets them (see `folding`), so that inference costs nothing more; at the other
+    weights activations take them at inference. Weights that share an input share a scale.
+
+    Args:
+      model, batches, rules, variables: see `smooth`.
+      n_clip: number of shares that ranges are clipped to, see `awq_core.clip`; 0: none.
+
+    Returns:
+      The quantized model; in Linen a pair of it and its variables.
+
+    >>> class Mlp(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.down(nnx.relu(self.up(x)))
+    >>> quantized = quantize(Mlp(nnx.Rngs(0)), [jnp.ones((2, 4))], [AwqRule(weight_qtype="int4")])
+    >>> type(quantized.up.kernel).__name__, type(quantized.down.kernel).__name__  # that of down went into up
+    ('WithAwqScale', 'WithAux')
+    """
+    calibrated, chosen, provider = _calibrated(model, batches, rules, variables)
+
+    def quantize_weight(context: calibration.CalibratedQuantContext, w: jax.Array, scale: jax.Array) -> Any:
+        if not n_clip:
+            return input_scale.quantize_scaled(w, jnp.ones_like(scale), context.how)
+        moments = context.calibration_stats["hessian"] / (scale[:, None] * scale)
+        return awq_core.clip(w, moments, context.how, n_clip)
+
+    return scaling.quantize(calibrated, chosen, provider, quantize_weight)
+
+
+def _calibrated(model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any) -> Any:
+    calibrated = scaling.calibrate(model, batches, AwqCalibrationProvider(rules, second_moments=True), variables)
+    provider = AwqInferenceProvider(rules)
+    n_grid = max((rule.n_grid for rule in rules if isinstance(rule, AwqRule)), default=1)
+
+    def scale_of_site(members: Sequence[scaling.Member]) -> jax.Array:
+        act = members[0].context.calibration_stats["act_scale"]
+        candidates = awq_core.grid(members[0].to_site(jnp.maximum(act, 1e-4 * act.max() + 1e-30)), n_grid)
+        errors = [
+            awq_core.output_errors(
+                m.context.weight, m.context.calibration_stats["hessian"], m.to_columns(candidates), m.context.how
+            )
+            for m in members
+        ]
+        return candidates[jnp.argmin(jnp.stack(errors).sum(0))]
+
+    return calibrated, scaling.choose(calibrated, calibrated.weights(provider), scale_of_site), provider

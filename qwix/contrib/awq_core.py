@@ -157,8 +157,8 @@ def output_errors(w: jax.Array, second_moments: jax.Array, scales: jax.Array, ho
       scales: (choices, in).
       how: how the scaled weight will be quantized.
 
-    All rows share the scales, and the error of a row costs in^2 multiplications: of a large weight only some rows, evenly
-    spaced, are looked at.
+    All rows share the scales, and the error of a row costs in^2 multiplications: of a large weight only some rows,
+    evenly spaced, are looked at.
 
     Returns:
       float32 (choices,).

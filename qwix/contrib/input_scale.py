@@ -70,6 +70,11 @@ class WithInputScale(ptq.WithAux):
         """What the subclass calls its scale; boxed like the array."""
         return getattr(self, self.scale_field)
 
+    @staticmethod
+    def stored_scale(scale: jax.Array) -> jax.Array:
+        """What the scale's field holds for a weight that was multiplied by `scale`."""
+        return scale
+
     def axes(self) -> tuple[int, ...]:
         """The axes that the scale runs over, without stacked ones."""
         axis = self.contracting_axis

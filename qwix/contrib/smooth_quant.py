@@ -31,7 +31,7 @@ Weights may have any name and layout, and may be used by dot_general (with all t
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -39,9 +39,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwix._src import nnx_nodes, qconfig
-from qwix._src.core import pytree
+from qwix._src.core import pytree, qarray
 from qwix._src.providers import ptq
-from qwix.contrib import calibration, input_scale
+from qwix.contrib import calibration, input_scale, scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,6 @@ class WithSqScale(input_scale.WithInputScale):
       contracting_axis: the axis of the weight that the scale belongs to, without stacked axes. A tuple, if there are
         several: the scale then runs over them in row-major order (static).
 
-    >>> from qwix._src.core import qarray
     >>> array = qarray.quantize_api(jnp.ones((2, 3)), jnp.int8)
     >>> how = qarray.HowToQuantize(qtype=jnp.int8)
     >>> w = WithSqScale(array, how, inv_sq_scale=jnp.array([1.0, 0.25]), contracting_axis=0)
@@ -134,6 +133,10 @@ class WithSqScale(input_scale.WithInputScale):
     inv_sq_scale: jax.Array
     contracting_axis: int | tuple[int, ...] = pytree.static()
     replace: ClassVar[Callable[..., "WithSqScale"]]
+
+    @staticmethod
+    def stored_scale(scale: jax.Array) -> jax.Array:
+        return 1 / scale
 
 
 class SqInferenceProvider(input_scale.InputScaleProvider):
@@ -198,3 +201,70 @@ def quantize_params(
         allow_extra_params=allow_extra_params,
         default_stats=unit_stats,
     )
+
+
+def smooth(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None
+) -> tuple[Any, dict[str, str]]:
+    """Smooths a float model: the scales go into the norms and layers before the weights, and the outputs stay the same.
+
+    A stage before another method, such as GPTQ. Weights that share an input share a scale.
+
+    Args:
+      model: NNX or Linen; it is left alone.
+      batches: calibration inputs, read once: arrays, tuples of arguments, dictionaries of keyword arguments.
+      rules: `SqRule`s, which say which weights, and their alpha.
+      variables: Linen only.
+
+    Returns:
+      The float model (in Linen its variables), and for each weight that was left as it was, by path, why its scale
+      cannot be folded.
+
+    >>> class Mlp(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.down(nnx.relu(self.up(x)))
+    >>> model, x = Mlp(nnx.Rngs(0)), jnp.ones((2, 4))
+    >>> smoothed, left = smooth(model, [x], [SqRule(weight_qtype="int8", act_qtype="int8")])
+    >>> list(left), bool(jnp.allclose(smoothed(x), model(x), atol=1e-5))
+    (['up/kernel'], True)
+    """
+    calibrated = scaling.calibrate(model, batches, SqCalibrationProvider(rules), variables)
+    weights = calibrated.weights(SqInferenceProvider(rules))
+    return scaling.smooth(calibrated, scaling.choose(calibrated, weights, _scale_of_site))
+
+
+def quantize(model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None) -> Any:
+    """Quantizes a model with SmoothQuant.
+
+    Scales are folded where the model lets them, as by `smooth`; other weights have activations take them at inference.
+
+    Args:
+      model, batches, rules, variables: see `smooth`.
+
+    Returns:
+      The quantized model; in Linen a pair of it and its variables.
+    """
+    calibrated = scaling.calibrate(model, batches, SqCalibrationProvider(rules), variables)
+    provider = SqInferenceProvider(rules)
+    chosen = scaling.choose(calibrated, calibrated.weights(provider), _scale_of_site)
+    return scaling.quantize(calibrated, chosen, provider, lambda context, w, _: qarray.quantize(w, context.how))
+
+
+def _scale_of_site(members: Sequence[scaling.Member]) -> jax.Array:
+    """Equation 4 with the largest weight of each feature over all matrices."""
+    weights = [m.to_site(_positive(jnp.max(jnp.abs(m.context.weight), 0))) for m in members]
+    largest = jnp.stack(weights).max(0)
+    stats = members[0].context.calibration_stats
+    act = members[0].to_site(_positive(stats["act_absmax"]))
+    # A feature that is always 0 has nothing to balance.
+    empty = (act <= _TINY) | (largest <= _TINY)
+    return jnp.where(empty, 1, compute_scales_ratio(act, largest, stats["alpha"][0]))
+
+
+_TINY = 1e-20
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x.astype(jnp.float32), _TINY)
