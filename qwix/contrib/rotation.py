@@ -15,9 +15,6 @@ those of M W along the same axis. The product is exact in float; what changes is
 - The activations are rotated in each call by a fast transform, O(n log n), and once for all weights that share an
   input, since M depends on width and seed alone and XLA computes equal things once.
 - Along several contracted axes (heads and their width), each is rotated by a matrix of its own.
-
-`contrib.rotation_folding` puts rotations into the weights for good where a model's structure allows that, so that most
-of the online ones are not needed.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ def loss(w, q, p):
 )
 def test_never_worse_in_its_objective(qtype, method, share):
     w, settings = weight(64, 16), how(qtype, method)
-    nearest, found = qwix._src.core.qarray.quantize(w, settings), hqq.quantize_weight(w, settings)
+    nearest, found = qwix._src.core.qarray.quantize(w, settings), hqq.quantize_weight(w, settings, p=0.7)
     assert (found.qtype, found.scale.shape, found.qvalue.dtype) == (
         nearest.qtype,
         nearest.scale.shape,
@@ -48,7 +48,7 @@ def test_never_worse_in_its_objective(qtype, method, share):
     before, after = loss(w, nearest, 0.7), loss(w, found, 0.7)
     assert np.all(after <= before * (1 + 1e-5))
     assert after.sum() <= share * before.sum()
-    np.testing.assert_allclose(hqq.objective(w, found), after, rtol=1e-4)
+    np.testing.assert_allclose(hqq.objective(w, found, 0.7), after, rtol=1e-4)
 
 
 @pytest.mark.parametrize("qtype", ["int3", "int4"])
