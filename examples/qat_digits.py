@@ -85,22 +85,21 @@ def train(params: Any, apply: Apply, data: Any, steps: int, rate: float, seed: i
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     @jax.jit
-    def run(params):
-        def step(carry, key):
-            params, state = carry
-            batch = jax.random.randint(key, (BATCH,), 0, len(images))
+    def step(params, state, key):
+        batch = jax.random.randint(key, (BATCH,), 0, len(images))
 
-            def loss(params):
-                logits = apply(params, images[batch])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+        def loss(params):
+            logits = apply(params, images[batch])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
 
-            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
 
-        keys = jax.random.split(jax.random.key(seed), steps)
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
-
-    return run(params)
+    state = optimizer.init(params)
+    # Not a scan: in a loop, XLA's CPU backend (jaxlib 0.10) runs convolutions on one thread.
+    for key in jax.random.split(jax.random.key(seed), steps):
+        params, state = step(params, state, key)
+    return params
 
 
 def accuracy(params: Any, apply: Apply, data: Any) -> float:
@@ -156,8 +155,8 @@ def draw(results: dict[str, dict[str, float]], path: str) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800, help="of float training")
-    parser.add_argument("--qat-steps", type=int, default=800, help="of training on with quantization")
+    parser.add_argument("--steps", type=int, default=400, help="of float training")
+    parser.add_argument("--qat-steps", type=int, default=400, help="of training on with quantization")
     parser.add_argument("--seeds", type=int, default=3, help="average over this many networks")
     parser.add_argument("--plot", default="qat_digits.png")
     args = parser.parse_args(argv)
