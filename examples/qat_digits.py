@@ -3,7 +3,7 @@
 A float network is trained, rounded to int4 (weights and activations) as it is, and then trained on with the same
 quantization in its forward, in int4 and in int2. Prints the accuracy of each on held-out images, and draws them.
 
-    python examples/qat_digits.py [--steps N] [--qat-steps N] [--seeds N] [--plot FILE]
+    python examples/qat_digits.py [--steps N] [--qat-steps N] [--seeds N] [--bits N ...] [--plot FILE]
 """
 
 import argparse
@@ -22,7 +22,6 @@ from sklearn.datasets import load_digits
 import qwix
 
 BATCH = 64
-ROWS = ("float", "PTQ int4", "QAT int4", "PTQ int2", "QAT int2")
 
 
 class NnxCnn(nnx.Module):
@@ -117,7 +116,7 @@ def split_digits() -> tuple[Any, Any]:
     return (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
 
 
-def compare(framework: str, steps: int, qat_steps: int, seed: int) -> dict[str, float]:
+def compare(framework: str, steps: int, qat_steps: int, seed: int, formats: list[int]) -> dict[str, float]:
     """Accuracies by row of the table."""
     network, rounded = (nnx_network, rounded_nnx) if framework == "NNX" else (linen_network, rounded_linen)
     training, held_out = split_digits()
@@ -125,14 +124,14 @@ def compare(framework: str, steps: int, qat_steps: int, seed: int) -> dict[str, 
     params, apply = network(None, x, seed)
     params = train(params, apply, training, steps, 2e-3, seed)
     found = {"float": accuracy(params, apply, held_out)}
-    for bits in (4, 2):
+    for bits in formats:
         rule = {"weight_qtype": f"int{bits}", "act_qtype": f"int{bits}"}
         found[f"PTQ int{bits}"] = accuracy(None, rounded(params, rule, x), held_out)
         _, apply = network(qwix.QtProvider([qwix.QtRule(**rule)]), x, seed)
         # Trained on from the float parameters: the same tree, for QAT leaves them as they are.
         tuned = train(params, apply, training, qat_steps, 1e-3, seed + 1)
         found[f"QAT int{bits}"] = accuracy(tuned, apply, held_out)
-    return {row: found[row] for row in ROWS}
+    return found
 
 
 def draw(results: dict[str, dict[str, float]], path: str) -> None:
@@ -143,12 +142,13 @@ def draw(results: dict[str, dict[str, float]], path: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     width = 0.8 / len(results)
+    rows = list(next(iter(results.values())))
     for i, (framework, found) in enumerate(results.items()):
-        bars = axes.bar(np.arange(len(ROWS)) + i * width, list(found.values()), width, label=framework)
+        bars = axes.bar(np.arange(len(rows)) + i * width, list(found.values()), width, label=framework)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks(np.arange(len(ROWS)) + 0.4 - width / 2, ROWS)
+    axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, rows)
     axes.set_ylabel("held-out accuracy, %")
-    axes.set_title("Digits: weights and activations in 4 and 2 bits")
+    axes.set_title("Digits: weights and activations in few bits")
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -158,15 +158,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--steps", type=int, default=400, help="of float training")
     parser.add_argument("--qat-steps", type=int, default=400, help="of training on with quantization")
     parser.add_argument("--seeds", type=int, default=3, help="average over this many networks")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help="formats to compare")
     parser.add_argument("--plot", default="qat_digits.png")
     args = parser.parse_args(argv)
     results = {}
     for framework in ("NNX", "Linen"):
         runs = []
         for seed in range(args.seeds):
-            runs.append(compare(framework, args.steps, args.qat_steps, seed))
+            runs.append(compare(framework, args.steps, args.qat_steps, seed, args.bits))
             print(f"{framework}, seed {seed}: " + ", ".join(f"{row} {a:.2f} %" for row, a in runs[-1].items()))
-        results[framework] = {row: float(np.mean([run[row] for run in runs])) for row in ROWS}
+        results[framework] = {row: float(np.mean([run[row] for run in runs])) for row in runs[0]}
         print(f"{framework}, mean: " + ", ".join(f"{row} {a:.2f} %" for row, a in results[framework].items()))
     draw(results, args.plot)
     print(f"wrote {args.plot}")

@@ -33,9 +33,15 @@ def normal(rng, shape):
 
 
 def gradients(config, x, w, g, **kwargs):
-    conv = functools.partial(conv_general_qt, config=ConvGeneralQtConfig(**config), **kwargs)
-    out, vjp = jax.vjp(lambda x, w: conv(x, w), x, w)
-    return out, *vjp(g)
+    def conv(x, w):
+        return conv_general_qt(x, w, ConvGeneralQtConfig(**config), **kwargs)
+
+    @jax.jit
+    def run(x, w, g):
+        out, vjp = jax.vjp(conv, x, w)
+        return out, *vjp(g)
+
+    return run(x, w, g)
 
 
 CASES = {

@@ -33,8 +33,12 @@ def data():
 
 
 def run(config, x, w, g, dims=MATMUL, **kwargs):
-    out, vjp = jax.vjp(lambda x, w: dot_general_qt(x, w, dims, DotGeneralQtConfig(**config), **kwargs), x, w)
-    return out, *vjp(g.astype(out.dtype))
+    @jax.jit
+    def run(x, w, g):
+        out, vjp = jax.vjp(lambda x, w: dot_general_qt(x, w, dims, DotGeneralQtConfig(**config), **kwargs), x, w)
+        return out, *vjp(g.astype(out.dtype))
+
+    return run(x, w, g)
 
 
 def fake_quant(x, qtype, channelwise_axes=(), **kwargs):
