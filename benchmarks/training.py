@@ -1,8 +1,8 @@
 """How long does a training step take, in float, with QAT, and with gradients in int8?
 
 A transformer of 4 layers (d 256, 8 x 128 tokens) in NNX, Adam, the step jitted with `nnx.jit`; the steps take
-turns, and are compared within a round. `--original PYTHON` runs the same script with another interpreter, in whose environment
-another implementation is installed.
+turns, and are compared within a round. `--original PYTHON` runs the same script with another interpreter, in
+whose environment another implementation is installed.
 
     python benchmarks/training.py [--rounds N] [--original PYTHON] [--json FILE]
 """
