@@ -41,8 +41,8 @@ class WeightReport:
       format: its number format now.
       bytes_before: of the float parameter.
       bytes_after: as a checkpoint holds it, scales included.
-      relative_error: ||W - dequantize(Q)|| / ||W|| in the Frobenius norm; 0 if left in float. A method that changes the
-        weights before it quantizes them (rotation, scaling) counts the change back as far as the structure holds it.
+      relative_error: ||W - dequantize(Q)|| / ||W|| in the Frobenius norm, where W is the float weight that the last
+        stage was given; 0 if left in float.
     """
 
     path: str
@@ -93,8 +93,8 @@ def apply_recipe(
     if recipe.needs_data and calibration is None:
         raise RecipeError(f"recipe {recipe.name!r}: it needs data, as in apply_recipe(..., calibration=batches)")
     with _progress_bar(progress if recipe.needs_data else False, recipe.name) as track:
-        quantized = _apply(float_model, recipe, model_inputs, calibration or (), track)
-    return quantized, _report(float_model, quantized, recipe)
+        prepared, quantized = _apply(float_model, recipe, recipe.stages, model_inputs, calibration or (), track)
+    return quantized, _report(float_model, prepared, quantized, recipe)
 
 
 def template(model: Any, recipe: Recipe, *model_inputs: Any) -> Any:
@@ -109,7 +109,8 @@ def template(model: Any, recipe: Recipe, *model_inputs: Any) -> Any:
 
     def build(state: Any) -> Any:
         # The inputs do for calibration: its values have no influence on the structure.
-        return _apply(nnx.merge(graphdef, state), recipe, model_inputs, [model_inputs], _silent)
+        stages = methods.structural(recipe.stages)
+        return _apply(nnx.merge(graphdef, state), recipe, stages, model_inputs, [model_inputs], _silent)[1]
 
     return nnx.eval_shape(build, state)
 
@@ -124,18 +125,26 @@ def _float_model(model: Any, variables: Mapping[str, Any] | None) -> Any:
     return model
 
 
-def _apply(model: Any, recipe: Recipe, inputs: tuple[Any, ...], calibration: Iterable[Any], track: Any) -> Any:
-    readers = sum(methods.needs_data(stage["method"]) for stage in recipe.stages)
-    batches = _Batches(calibration, keep=readers > 1)
-    for stage in recipe.stages:
-        job = methods.Job(model, recipe.rules, inputs, batches, track)
+def _apply(
+    model: Any,
+    recipe: Recipe,
+    stages: Iterable[Mapping[str, Any]],
+    inputs: tuple[Any, ...],
+    calibration: Iterable[Any],
+    track: Any,
+) -> tuple[Any, Any]:
+    """The float model that the last stage is given, and what it makes of that."""
+    stages = tuple(stages)
+    batches = _Batches(calibration, keep=sum(methods.needs_data(stage["method"]) for stage in stages) > 1)
+    for stage in stages:
+        prepared, job = model, methods.Job(model, recipe.rules, inputs, batches, track)
         try:
             model = methods.run(stage, job)
         except RecipeError as error:
             raise RecipeError(f"recipe {recipe.name!r}: {stage['method']}: {error}") from error
         except (ValueError, TypeError) as error:
             raise RecipeError(f"recipe {recipe.name!r}: {stage['method']} does not fit this model: {error}") from error
-    return _quantize_tables(model, recipe, inputs)
+    return prepared, _quantize_tables(model, recipe, inputs)
 
 
 class _Batches:
@@ -248,10 +257,10 @@ def _quantize_linen_tables(model: LinenModel, replacement: Callable[..., Any], i
 # --- what was done --------------------------------------------------------------------------------
 
 
-def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
+def _report(model: Any, prepared: Any, quantized: Any, recipe: Recipe) -> Report:
     sizes = checkpoint.stored_bytes(quantized.variables["params"] if isinstance(quantized, LinenModel) else quantized)
     weights, in_float = [], []
-    for name, value, now in _parameters(model, quantized):
+    for name, value, before, now in _parameters(model, prepared, quantized):
         entry = WeightReport(
             path=name,
             shape=tuple(value.shape),
@@ -264,7 +273,7 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
         while isinstance(innermost, WithAux):  # a rotated and scaled weight is one in the other
             innermost, qtype = innermost.array, innermost.how.qtype
         if isinstance(innermost, qarray.QArray):
-            error = _relative_error(jnp.asarray(now).reshape(value.shape), value)
+            error = _relative_error(*(jnp.asarray(x).reshape(value.shape) for x in (now, before)))
             qtype_name = qtype if isinstance(qtype, str) else jnp.dtype(qtype).name
             weights.append(dataclasses.replace(entry, format=qtype_name, relative_error=error))
         else:
@@ -274,19 +283,20 @@ def _report(model: Any, quantized: Any, recipe: Recipe) -> Report:
     return Report(recipe, tuple(weights), tuple(in_float))
 
 
-def _parameters(model: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(path, the float array, what stands in its place now) of each parameter."""
+def _parameters(model: Any, *later: Any) -> Iterator[tuple[Any, ...]]:
+    """(path, the float array, what stands in its place in each of the later models) of each parameter."""
     if isinstance(model, LinenModel):
-        old, new = (
+        old, *new = (
             traverse_util.flatten_dict(m.variables["params"], is_leaf=lambda _, x: not isinstance(x, Mapping), sep="/")
-            for m in (model, quantized)
+            for m in (model, *later)
         )
-        yield from ((name, flax_util.unbox(value), flax_util.unbox(new[name])) for name, value in sorted(old.items()))
+        for name, value in sorted(old.items()):
+            yield name, flax_util.unbox(value), *(flax_util.unbox(params[name]) for params in new)
         return
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         keys: Any = path
-        now = flax_util.unbox(flax_util.get_value_from_path(quantized, keys))
-        yield "/".join(map(str, path)), variable.get_value(), now
+        found = (flax_util.unbox(flax_util.get_value_from_path(m, keys)) for m in later)
+        yield "/".join(map(str, path)), variable.get_value(), *found
 
 
 def _relative_error(value: jax.Array, reference: jax.Array) -> float:

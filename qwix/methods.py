@@ -16,6 +16,7 @@ them in `Job.batches`.
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,19 +55,24 @@ class _Method:
     run: Callable[..., Any]
     quantizes: bool
     needs_data: bool
+    structure: str | None
     settings: type[msgspec.Struct]
 
 
 _METHODS: dict[str, _Method] = {}
 
 
-def method(name: str, *, quantizes: bool = True, needs_data: bool = False) -> Callable[..., Any]:
+def method(
+    name: str, *, quantizes: bool = True, needs_data: bool = False, structure: str | None = None
+) -> Callable[..., Any]:
     """Registers a function of a `Job` as a method for recipes; see the module's docstring.
 
     Args:
       name: what recipes call it.
       quantizes: whether it may be a recipe's last stage; otherwise it prepares a float model.
       needs_data: whether it reads `Job.batches`.
+      structure: a method whose result has the same arrays, but for their values, and which can be traced by
+        `nnx.eval_shape`; "" if the result has those of the model that it is given. None: the method itself.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +83,7 @@ def method(name: str, *, quantizes: bool = True, needs_data: bool = False) -> Ca
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         ]
         settings = msgspec.defstruct(f"{name} settings", fields, forbid_unknown_fields=True)
-        _METHODS[name] = _Method(function, quantizes, needs_data, settings)
+        _METHODS[name] = _Method(function, quantizes, needs_data, structure, settings)
         return function
 
     return register
@@ -110,6 +116,16 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         msgspec.convert(dict(settings), _get(name).settings)
     except msgspec.ValidationError as error:
         raise RecipeError(f"{name}: {error}") from error
+
+
+def structural(stages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Stages that give the same arrays but for their values, without looking at any value."""
+    found: list[Mapping[str, Any]] = []
+    for stage in stages:
+        structure = _get(stage["method"]).structure
+        if structure != "":
+            found.append(stage if structure is None else {"method": structure})
+    return found
 
 
 def run(stage: Mapping[str, Any], job: "Job") -> Any:
@@ -145,6 +161,36 @@ class Job:
     def rules(self, rule_type: type = qconfig.QuantizationRule) -> list[Any]:
         """The recipe's rules for ops that multiply, as rules of a provider."""
         return [rule.as_rule(rule_type) for rule in self._rules if not rule.is_for_tables]
+
+    @property
+    def float_module(self) -> Any:
+        """The model without a Linen model's variables."""
+        return self.model.module if isinstance(self.model, LinenModel) else self.model
+
+    @property
+    def variables(self) -> Any:
+        """A Linen model's; None in NNX."""
+        return self.model.variables if isinstance(self.model, LinenModel) else None
+
+    def raw_batches(self) -> Iterator[Any]:
+        """The batches as tuples of positional or dictionaries of keyword arguments."""
+        return (kwargs or args for args, kwargs in self.progress(self.batches, "calibration"))
+
+    def finished(self, module: Any, params: Any) -> Any:
+        """What a method returns that has the quantized module and, for Linen, its parameters."""
+        if isinstance(self.model, LinenModel):
+            return LinenModel(module, {**self.model.variables, "params": params})
+        return module
+
+    def prepared(self, model: Any, left: Mapping[str, str]) -> Any:
+        """What a method returns that has a float model (in Linen its variables), and why weights were left alone."""
+        if left:
+            warnings.warn(
+                "left as they were: " + "; ".join(f"{path}: {why}" for path, why in left.items()),
+                qconfig.QuantizationWarning,
+                stacklevel=2,
+            )
+        return LinenModel(self.model.module, model) if isinstance(self.model, LinenModel) else model
 
     def quantize(
         self, provider: qconfig.QuantizationProvider, quantize_params: Callable[..., Any] | None = None
@@ -241,21 +287,84 @@ def _smooth_quant(job: Job, *, alpha: float = 0.5) -> Any:
     return job.quantize(smooth_quant.SqInferenceProvider(rules), quantize_params)
 
 
-@method("gptq", needs_data=True)
-def _gptq(job: Job, *, block_size: int = 128, damping: float = 0.01, act_order: bool = False) -> Any:
+@method("gptq", needs_data=True, structure="round-to-nearest")
+def _gptq(
+    job: Job,
+    *,
+    block_size: int = 128,
+    damping: float = 0.01,
+    act_order: bool = True,
+    scale_search: int = 20,
+    sequential: bool = True,
+) -> Any:
     from qwix.contrib import gptq
 
-    rules = job.rules(gptq.GptqRule)
-    provider = gptq.GptqCalibrationProvider(rules)
-    stats = job.observe(provider)
-    check_used(provider)
+    result = gptq.quantize(
+        job.float_module,
+        job.raw_batches(),
+        job.rules(gptq.GptqRule),
+        variables=job.variables,
+        sequential=sequential,
+        blocksize=block_size,
+        percdamp=damping,
+        act_order=act_order,
+        scale_search=scale_search,
+    )
+    return job.finished(result.model, result.params)
+
+
+@method("qep", needs_data=True, structure="round-to-nearest")
+def _qep(
+    job: Job,
+    *,
+    correction: float = 0.5,
+    block_size: int = 128,
+    damping: float = 0.01,
+    act_order: bool = True,
+    scale_search: int = 20,
+) -> Any:
+    from qwix.contrib import qep
+
+    result = qep.quantize(
+        job.float_module,
+        job.raw_batches(),
+        [dataclasses.replace(rule, correction_factor=correction) for rule in job.rules(qep.QepRule)],
+        variables=job.variables,
+        gptq_block_size=block_size,
+        gptq_damping_factor=damping,
+        act_order=act_order,
+        scale_search=scale_search,
+    )
+    return job.finished(result.model, result.params)
+
+
+@method("hqq", structure="round-to-nearest")
+def _hqq(job: Job, *, p: float = 2.0, beta: float = 10.0, kappa: float = 1.01) -> Any:
+    from qwix.contrib import hqq
 
     def quantize_params(params: Any, abstract: Any) -> Any:
-        return gptq.quantize_params(
-            params, abstract, stats, gptq_block_size=block_size, gptq_damping_factor=damping, act_order=act_order
-        )
+        return hqq.quantize_params(params, abstract, p=p, beta=beta, kappa=kappa)
 
-    return job.quantize(ptq.PtqProvider(rules), quantize_params)
+    provider = ptq.PtqProvider(job.rules())
+    quantized = job.quantize(provider, quantize_params)
+    check_used(provider)
+    return quantized
+
+
+@method("smooth", quantizes=False, needs_data=True, structure="")
+def _smooth(job: Job, *, alpha: float = 0.5) -> Any:
+    from qwix.contrib import smooth_quant
+
+    rules = [dataclasses.replace(rule, alpha=alpha) for rule in job.rules(smooth_quant.SqRule)]
+    return job.prepared(*smooth_quant.smooth(job.float_module, job.raw_batches(), rules, variables=job.variables))
+
+
+@method("awq-scale", quantizes=False, needs_data=True, structure="")
+def _awq_scale(job: Job, *, n_grid: int = 20) -> Any:
+    from qwix.contrib import awq
+
+    rules = [dataclasses.replace(rule, n_grid=n_grid) for rule in job.rules(awq.AwqRule)]
+    return job.prepared(*awq.smooth(job.float_module, job.raw_batches(), rules, variables=job.variables))
 
 
 @method("rotate", quantizes=False)

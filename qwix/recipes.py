@@ -286,6 +286,15 @@ RECIPES: dict[str, Recipe] = {
         _preset("nf4", "4-bit NormalFloat weights, groups of 64", weight_qtype="nf4", tile_size=64),
         _preset("mxfp4", "MXFP4 weights, groups of 32", weight_qtype="mxfp4", tile_size=32),
         _preset("nvfp4", "NVFP4 weights, groups of 16", weight_qtype="nvfp4", tile_size=16),
+        *_calibrated("hqq", "scales by half-quadratic splitting (HQQ)", "hqq"),
         *_calibrated("awq", "scaled by their activations (AWQ)", "awq"),
+        *_calibrated("gptq", "each error made up for by the next columns (GPTQ)", "gptq"),
+        *_calibrated("qep", "GPTQ with earlier layers' errors corrected (QEP)", "qep"),
+        *_calibrated("awq-gptq", "scaled by their activations, then GPTQ", "awq-scale", "gptq"),
+        *_calibrated("rotate-gptq", "rotated (QuaRot), then GPTQ", "rotate", "gptq"),
+        _preset(
+            "smoothquant-int8", "int8 weights and activations, outliers moved into the weights", "smooth-quant", **_INT8
+        ),
+        _preset("rotate-int8", "int8 weights and activations, both rotated", "rotate", "round-to-nearest", **_INT8),
     )
 }

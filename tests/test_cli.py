@@ -87,6 +87,7 @@ def test_help_names_the_commands_and_recipes(qwix):
     _, out, _ = qwix("--help")
     assert all(name in out for name in ("demo", "quantize", "inspect"))
     _, out, _ = qwix("quantize", "--help")
+    out = "".join(out.replace("│", "").split())  # lines may break in a name
     assert all(name in out for name in recipes.RECIPES)
 
 
@@ -150,6 +151,16 @@ def test_a_checkpoint_is_replaced_on_request(checkpoint_dir, tiny_bert, tmp_path
     code, _, err = qwix(*arguments, "--overwrite")
     assert code == 0, err
     assert checkpoint.read_manifest(out).metadata["recipe"]["name"] == "int8"
+
+
+def test_a_recipe_from_a_file(tiny_bert, tmp_path, qwix, fails):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nrules: [{weight_qtype: int4, tile: 32}]\n")
+    assert "unknown field `tile`" in fails("quantize", tiny_bert, "--recipe", path, "--out", tmp_path / "out")
+    path.write_text("name: mine\nrules: [{op_names: take, weight_qtype: int8}, {weight_qtype: int4, tile_size: 32}]\n")
+    code, out, err = qwix("quantize", tiny_bert, "--recipe", path, "--out", tmp_path / "out", "--limit", 20)
+    assert code == 0, err
+    assert table_rows(out)["mine"]["bits"] == 5
 
 
 def test_wrong_paths_and_names(tiny_bert, tmp_path, fails):

@@ -26,12 +26,13 @@ BITS = {
     "nf4": 4 + 32 / 64,
     "mxfp4": 4 + 8 / 32,
     "nvfp4": 4 + 8 / 16,
-    "int3-g128": 4 + 32 / 128,  # int3 is held in int4
-    "awq-int4-g128": 4 + 32 / 128,
-    "awq-int3-g128": 4 + 32 / 128,
+    "smoothquant-int8": 8,
+    "rotate-int8": 8,
+    # int3 is held in int4
+    **{name: 4 + 32 / 128 for name in recipes.RECIPES if name.endswith(("-int4-g128", "int3-g128"))},
 }
 # Bounds of the relative error of a normally distributed weight.
-ERRORS = {"8": 0.04, "4": 0.15, "3": 0.25}
+ERRORS = {"8": 0.04, "4": 0.15, "3": 0.3}
 
 
 def bound(name):
@@ -79,7 +80,7 @@ def test_presets_quantize_the_weights_and_little_else(model, applied, name):
     assert table.bytes_after == 50 * 128 + 50 * 4
     assert 0 < table.relative_error < 0.01
     per_output = 4 if BITS[name] == 8 else 0  # A float32 scale for each output channel.
-    per_input = 4 if name.startswith("awq") else 0  # And what AWQ divides each input by.
+    per_input = 4 if name.startswith(("awq-int", "smooth")) else 0  # And what each input is divided by.
     for weight in (down, up):
         n_in, n_out = weight.shape
         assert weight.bytes_before == 4 * n_in * n_out

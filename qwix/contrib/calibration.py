@@ -534,13 +534,17 @@ def assemble(
     allow_extra_params: bool = False,
 ) -> Any:
     """The tree of `ptq.quantize_params`, with some weights quantized already, by path; the others are rounded."""
-    flat = dict(ptq.flatten(params))
-    boxed = {}
-    for path, quantized in calibrated.items():
-        place = functools.partial(quantized_param.rebox, flat.pop(path), value_shape=tuple(quantized.array.shape))
+    template = ptq.Template(abstract_quantized_params)
+    boxed, others = {}, {}
+    for path, value, _, given in template.weights(params):
+        if path not in calibrated:
+            others[given[0]] = given[1]
+            continue
+        quantized = calibrated[path]
+        place = functools.partial(quantized_param.rebox, value, value_shape=tuple(quantized.array.shape))
         boxed[path] = quantized.replace(array=jax.tree.map(place, quantized.array))
-    rest = ptq.quantize_params(nested(flat), abstract_quantized_params, allow_extra_params=allow_extra_params)
-    return _merged(rest, ptq.Template(abstract_quantized_params).restore(boxed))
+    rest = ptq.quantize_params(nested(others), abstract_quantized_params, allow_extra_params=allow_extra_params)
+    return _merged(rest, template.restore(boxed))
 
 
 def quantize_weight(

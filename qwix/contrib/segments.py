@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,30 @@ class Plan:
     last_use: Mapping[Any, int]
 
 
+def leaves(params: Any) -> list[tuple[Path, Any]]:
+    """(path, array) of each array of a nested dict, those inside of array structures too.
+
+    >>> leaves({"a": {"b": 1}})
+    [(('a', 'b'), 1)]
+    """
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in found]
+
+
+def array_path(weight: Path, known: Container[Path]) -> Path:
+    """Where the array of a weight is among known paths: at the weight's own, or inside of a `WithInputTransform` there.
+
+    >>> array_path(("up", "kernel"), {("up", "kernel", "array")})
+    ('up', 'kernel', 'array')
+    """
+    path = weight
+    while path not in known:
+        if len(path) > len(weight) + 2:
+            raise ValueError(f"{'/'.join(weight)} is no parameter of the model")
+        path = (*path, "array")
+    return path
+
+
 def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> Plan:
     """Traces call(params, inputs), a model under `marking(provider)`.
 
@@ -143,7 +167,7 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
     closed = jax.make_jaxpr(call)(params, inputs)
     flat = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(*closed.in_avals)
     jaxpr = flat.jaxpr
-    paths = [tuple(str(k.key) for k in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    paths = [path for path, _ in leaves(params)]
     equations, marks = _without_duplicates(jaxpr.eqns)
     if not marks:
         raise ValueError("no op of the model is calibrated: look at the rules' type, module_path and op_names")
@@ -279,7 +303,7 @@ def _stages(equations: Sequence[Any], marks: Sequence[Mark], params: Mapping[Pat
     """The stage of each marked weight: one more than those that its features depend on."""
     order = {path: i for i, path in enumerate(dict.fromkeys(mark.path for mark in marks))}
     # Sets of weights as bits of an integer.
-    weights_of = {params[path]: 1 << i for path, i in order.items()}
+    weights_of = {params[array_path(path, params)]: 1 << i for path, i in order.items()}
     for equation in equations:
         found = 0
         for v in equation.invars:

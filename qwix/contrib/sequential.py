@@ -24,6 +24,7 @@ from flax import nnx
 
 from qwix._src import averaging, qconfig
 from qwix._src import model as model_lib
+from qwix._src.core import qarray
 from qwix._src.providers import ptq
 from qwix._src.utils import flax_util
 from qwix.contrib import calibration, input_features, segments
@@ -106,18 +107,17 @@ def quantize(
     quantized_model, abstract = source.quantized(inference_provider, *first)
     abstract = abstract if abstract_quantized is None else abstract_quantized
     template = ptq.Template(abstract)
-    original = {tuple(map(str, path)): (path, value) for path, value in ptq.flatten(source.params)}
+    original = {tuple(map(str, weight.path)): weight for weight in template.weights(source.params)}
     calibrated: dict[Any, ptq.WithAux] = {}
     kept: dict[Any, Any] = {}
     plan = runner.plan
     for k, weights in enumerate(plan.stages):
         stats = runner.run_stage(k)
         for name in weights:
-            path, value = original[name]
-            target = template.get(path)
+            path, value, target, _ = original[name]
             if keep_stats:
                 kept[(*path[:-1], f"{path[-1]}{suffix}")] = stats[name]
-            if not isinstance(target, ptq.WithAux):
+            if not isinstance(target, ptq.WithAux) or not isinstance(target.array, qarray.QArray):
                 continue
             quantized = calibration.quantize_weight(path, value, target, stats[name], quantize_weight)
             if quantized is None:
@@ -193,8 +193,7 @@ class _Runner:
         self._source, self._provider, self._pair_stats = source, provider, pair_stats
         self._plans: dict[Any, segments.Plan] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        flat = ptq.flatten(source.params)
-        self._float = {tuple(map(str, path)): value for path, value in flat}
+        self._float = dict(segments.leaves(source.params))
         self._current: dict[segments.Path, jax.Array] = {}
         # (plan, values by variable of the model so far quantized, and of the float one)
         self.batches: list[tuple[segments.Plan, dict[Any, Any], dict[Any, Any] | None]] = []
@@ -230,8 +229,8 @@ class _Runner:
         self.batches.append((plan, values, None if self._pair_stats is None else dict(values)))
 
     def replace(self, path: segments.Path, value: jax.Array) -> None:
-        """From now on a parameter has this value."""
-        self._current[path] = value
+        """From now on a weight has this value; of a transformed one, what is inside of it."""
+        self._current[segments.array_path(path, self._float)] = value
 
     def run_stage(self, k: int) -> dict[segments.Path, dict[str, jax.Array]]:
         """Brings every batch to stage k; returns the statistics of its weights."""
