@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test doctest format format-check lint types check bench test-lowest clean
+.PHONY: help demo test doctest format format-check lint types check bench sanitize test-lowest clean
 
 help:
 	@echo 'make demo          quantize a real model with every recipe and print the table'
@@ -15,7 +15,8 @@ help:
 	@echo 'make format        format the code and mend what the linter can mend'
 	@echo 'make lint, types   run the linter, the type checker'
 	@echo 'make check         run all of the above but the demo, as CI does'
-	@echo 'make bench         run every benchmark'
+	@echo 'make bench         run the benchmarks that take minutes (quality.py takes hours)'
+	@echo 'make sanitize      run the native kernels with sanitizers'
 	@echo 'make test-lowest   run the tests with the oldest supported jax, flax and numpy'
 	@echo 'make clean         remove the environments and caches'
 
@@ -46,7 +47,14 @@ check:
 	.ci/run
 
 bench: $(VENV)/.dev
-	for script in benchmarks/[!_]*.py; do $(BIN)/python "$$script" || exit 1; done
+	for script in $(filter-out benchmarks/quality.py,$(wildcard benchmarks/*.py)); do \
+	    $(BIN)/python "$$script" || exit 1; done
+
+# The tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++.
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m qwix.cpu.build --sanitize build/sanitized.so
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 QWIX_CPU_LIBRARY=build/sanitized.so $(BIN)/pytest tests/cpu/test_kernels.py
 
 test-lowest: .venv-lowest/.lowest
 	.venv-lowest/bin/pytest -n $(JOBS)
