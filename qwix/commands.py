@@ -78,10 +78,10 @@ def demo_command(
     _say(f"{out / 'report.html'}: the report, with plots")
 
 
-@app.command("quantize")
+@app.command("quantize", epilog=f"Recipes: {_RECIPE_NAMES}")
 def quantize_command(
     model_dir: Annotated[pathlib.Path, typer.Argument(help="A Hugging Face BERT directory.")],
-    recipe: Annotated[str, typer.Option(help=f"A YAML or JSON file, or one of {_RECIPE_NAMES}.")],
+    recipe: Annotated[str, typer.Option(help="A YAML or JSON file, or one of those below.")],
     out: Annotated[pathlib.Path, typer.Option(help="Directory for the checkpoint.")],
     limit: Annotated[int, typer.Option(min=10, help="Pairs of a query and its document.")] = 500,
     calibration: Annotated[
