@@ -4,6 +4,7 @@ It stands beside `qwix/`, `tests/`, `docs/` and the README because all four are 
 devices, a compilation cache, Hypothesis settings, and the fenced examples of the Markdown pages.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,9 +30,14 @@ CACHE_DIR = Path(__file__).parent / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE_DIR))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
+# A run keeps millions of objects (traced and compiled programs), which Python would search for garbage again and again.
+gc.set_threshold(100_000, 50, 50)
+
 # Every new shape compiles, so a deadline would only measure JAX, and a few examples go far.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
-hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), derandomize=True)
+hypothesis.settings.register_profile(
+    "ci", parent=hypothesis.settings.get_profile("local"), derandomize=True, max_examples=12
+)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # The ```python blocks of one page share their names and run from top to bottom.

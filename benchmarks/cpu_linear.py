@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_linear.py [--peers PYTHON] [--sizes 2048 4096] [--rows 1 16 512]
 
-PYTHON is an interpreter that has numpy, onnx, onnxruntime and torch. Each time is the median of repeated calls, after
-warm-up and in turns (ours, then the peers'); the table has milliseconds. A call of ours is one jitted call from Python, a
-peer's one call of a session or module, all with every thread that they take by default.
+PYTHON is an interpreter that has numpy, onnx, onnxruntime and torch. Each time is the median of repeated calls,
+after warm-up and in turns (ours, then the peers'); the table has milliseconds. A call of ours is one jitted
+call from Python, a peer's one call of a session or module, all with every thread that they take by default.
 """
 
 import argparse

@@ -32,6 +32,7 @@ def dot(
       out_sharding: of the result.
       _qwix_dot_general: called as `jax.lax.dot_general` is, with operands of one or more axes.
 
+    >>> from qwix._src.core import qarray
     >>> w = qarray.quantize_api(jnp.array([[1.0, -2.0], [3.0, 4.0]]), jnp.int8)
     >>> dot(jnp.array([1.0, 1.0]), w).round(1)
     Array([4., 2.], dtype=float32)
@@ -73,6 +74,7 @@ def matmul(
     Raises:
       ValueError: if an operand has no axes, or the shapes do not fit.
 
+    >>> from qwix._src.core import qarray
     >>> w = qarray.quantize_api(jnp.ones((3, 4, 2)), jnp.int8, channelwise_axes=(0, 2))
     >>> matmul(jnp.ones((5, 4)), w).shape
     (3, 5, 2)

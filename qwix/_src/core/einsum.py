@@ -77,6 +77,7 @@ def einsum(
       finds, with float results between. An axis of one operand that is summed by itself, or a
       diagonal, dequantizes that operand.
 
+    >>> from qwix._src.core import qarray
     >>> w = qarray.quantize_api(jnp.ones((4, 3)), jnp.int8, channelwise_axes=(1,))
     >>> einsum("...d,df->...f", jnp.ones((2, 5, 4)), w).shape
     (2, 5, 3)
