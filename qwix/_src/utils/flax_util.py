@@ -392,16 +392,17 @@ def should_update_quant_stats() -> bool:
 
 def unbox(maybe_boxed: Any) -> Any:
     """Takes values out of Linen's AxisMetadata and NNX's variables, to any depth, without hooks or constraints."""
+    # The order is that of how often each comes: this runs several times for each op of a quantized model.
+    if maybe_boxed is None or isinstance(maybe_boxed, jax.Array):
+        return maybe_boxed
+    if pytree.is_array_structure(maybe_boxed):
+        return pytree.map_fields(unbox, maybe_boxed)
     if isinstance(maybe_boxed, nnx.Variable):
         return unbox(maybe_boxed.get_raw_value())
     if isinstance(maybe_boxed, nn.meta.AxisMetadata):
         # Not .unbox(): it applies a sharding constraint, which makes another array of it.
         value = getattr(maybe_boxed, "value", None)
         return unbox(maybe_boxed.unbox() if value is None else value)
-    if isinstance(maybe_boxed, jax.Array):
-        return maybe_boxed
-    if pytree.is_array_structure(maybe_boxed):
-        return pytree.map_fields(unbox, maybe_boxed)
     is_box = lambda x: isinstance(x, (nnx.Variable, nn.meta.AxisMetadata))  # noqa: E731
     return jax.tree.map(lambda x: unbox(x) if is_box(x) else x, maybe_boxed, is_leaf=is_box)
 
