@@ -9,6 +9,7 @@ whose environment another implementation is installed.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def main() -> None:
         return
     if args.original:
         command = [args.original, __file__, "--raw", "--rounds", str(args.rounds)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        environment = dict(os.environ)
+        environment.pop("PYTHONPATH", None)
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         columns["original"] = json.loads(out.splitlines()[-1])
     width = max(map(len, columns["this"]))
     print(" " * width, *(f"{name:>10}" for name in columns))

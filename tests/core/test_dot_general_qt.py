@@ -18,6 +18,7 @@ from qwix._src.core.dot_general_qt import (
     dot_general_qt_fwd,
     dot_general_qt_fwd_bwd,
 )
+from qwix._src.core.sparsity import SparsityRule
 from qwix._src.core.stochastic_rounding import get_noise_fn
 from tests.core import oracle
 
@@ -257,6 +258,32 @@ def test_precision_reaches_the_float_products(data):
     assert precisions.count((highest, highest)) == 2  # the third is on integers
 
 
+# ------------------------------------------------------------------ sparsity
+
+
+@pytest.mark.parametrize("formats", [{}, QAT])
+def test_what_is_pruned_is_zero_and_gets_no_gradient(data, formats):
+    x, w, g = data
+    rule = SparsityRule(
+        weight_sparsity_n=2,
+        weight_sparsity_m=4,
+        weight_sparsity_order="C",
+        activation_sparsity_n=1,
+        activation_sparsity_m=2,
+    )
+    xd, wd, gd = (np.asarray(a, np.float64) for a in data)
+    # Of two neighbours in a row the larger stays, of four in a column the larger two.
+    x_kept = np.abs(xd) >= np.repeat(np.abs(xd).reshape(6, 128, 2).max(-1), 2, axis=1)
+    threshold = np.sort(np.abs(wd).reshape(64, 4, 10), axis=1)[:, 2]
+    w_kept = np.abs(wd) >= np.repeat(threshold, 4, axis=0)
+    assert x_kept.mean() == w_kept.mean() == 0.5
+    xq, wq = xd * x_kept, wd * w_kept
+    if formats:
+        xq, wq = fake_quant(xq, "int8", (0,)), fake_quant(wq, "int8", (1,))
+    truth = xq @ wq, (gd @ wq.T) * x_kept, (xq.T @ gd) * w_kept
+    assert_all_close(run(formats | {"sparsity_rule": rule}, x, w, g), truth)
+
+
 # ------------------------------------------------------------------ stochastic rounding
 
 
@@ -327,5 +354,6 @@ def test_errors(data):
     x, w, g = data
     with pytest.raises(ValueError, match="cannot be tiled by 100"):
         run({"lhs_qtype": "int8", "tile_size": 100}, x, w, g)
-    with pytest.raises(NotImplementedError, match="sparsity_rule"):
-        run(QAT | {"sparsity_rule": object()}, x, w, g)
+    rule = SparsityRule(weight_sparsity_n=2, weight_sparsity_m=4, weight_sparsity_start_step=5)
+    with pytest.raises(ValueError, match="SparsityModule"):
+        run(QAT | {"sparsity_rule": rule}, x, w, g)

@@ -12,6 +12,7 @@ from flax import nnx
 
 import qwix
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
+from qwix._src.core.sparsity import SparsityRule
 
 DENSE = (((1,), (0,)), ((), ()))
 W8A8 = {"weight_qtype": "int8", "act_qtype": "int8"}
@@ -319,5 +320,10 @@ def test_errors_and_reports(x):
         quantized(Mlp(nnx.Rngs(0)), x, weight_qtype="int8", additional_qt_config={"no_such_field": 1})
     with pytest.raises(ValueError, match="conv_general_dilated0: tile_size is not supported"):
         quantized(nn.Conv(3, (3,)), weight_qtype="int8", tile_size=2).init(jax.random.key(0), x)
+    sparse = {"sparsity_rule": SparsityRule(weight_sparsity_n=2, weight_sparsity_m=4)}
+    with pytest.raises(ValueError, match="prunes the second operand"):
+        quantized(Ops(), weight_qtype="int8", additional_qt_config=sparse).init(jax.random.key(0), x)
+    model = quantized(Mlp(nnx.Rngs(0)), x, additional_qt_config=sparse, **W8A8)
+    assert float((nnx.grad(loss)(model, x).up.kernel[...] == 0).mean()) >= 0.5
     model = quantized(Mlp(nnx.Rngs(0)), x, additional_qt_config={"lhs_qtype": "int4"}, **W8A8)
     assert "up" in str(qwix.summarize(model))

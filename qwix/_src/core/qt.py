@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from qwix._src import interception
 from qwix._src.core import calibration as core_calibration
-from qwix._src.core import contraction, numerics, operands, qarray
+from qwix._src.core import contraction, numerics, operands, qarray, sparsity
 from qwix._src.core.contraction import Contraction
 from qwix._src.core.qarray import HowToQuantize, QArray
 from qwix._src.core.stochastic_rounding import NoiseFn
@@ -84,7 +84,8 @@ class QtConfig:
         the one of the forward is not reused; None: float.
       dlhs_residual_calibration_method, drhs_residual_calibration_method: likewise.
       dlhs_residual_disable_channelwise_axes, drhs_residual_disable_channelwise_axes: likewise.
-      sparsity_rule: N:M sparsity of the operands, see `core.sparsity`.
+      sparsity_rule: a `core.sparsity.SparsityRule`: lhs is pruned as an activation and rhs as a weight, before they
+        are quantized, and what was pruned gets no gradient.
     """
 
     lhs_qtype: Any = None
@@ -133,7 +134,7 @@ class Residuals(NamedTuple):
 
     Attributes:
       lhs, rhs: the operands as the derivatives take them: QArrays where the forward's are reused, else float.
-      lhs_inside, rhs_inside: where the input lay inside of a range that clips; None: everywhere.
+      lhs_inside, rhs_inside: where the input was neither pruned nor outside of a range that clips; None: everywhere.
       extra: group sizes, if any.
       config: of the contraction.
     """
@@ -210,17 +211,18 @@ def forward(
     config: QtConfig,
 ) -> tuple[jax.Array, Residuals]:
     """The output, and what `backward` needs. A calibration of None is found from the operand itself."""
-    if config.sparsity_rule is not None:
-        raise NotImplementedError("sparsity_rule is not supported yet: leave it out of the config.")
     ndims = (lhs.ndim, rhs.ndim)
     quantized: list[operands.MaybeQArray] = []
     residuals: list[operands.MaybeQArray] = []
     inside: list[jax.Array | None] = []
     for role, array, calibration in (("lhs", lhs, lhs_calibration), ("rhs", rhs, rhs_calibration)):
+        kept = _kept(array, role, config.sparsity_rule)
+        if kept is not None:
+            array = sparsity.apply_sparsity(array, kept)  # type: ignore[assignment]  # an array, of an array
         if config.of(role, "qtype") is None or not numerics.should_quantize(array.dtype):
             quantized.append(array)
             residuals.append(array)
-            inside.append(None)
+            inside.append(kept)
             continue
         how = operand_how(op, role, ndims, config)
         if calibration is None:
@@ -231,9 +233,29 @@ def forward(
         quantized.append(q)
         # A tiled scale lies on axes that the derivatives sum over, or not, so that the float operand serves them.
         residuals.append(array if how.tiled_axes or config.use_original_residuals else q)
-        inside.append(_inside(array, how, calibration) if not config.disable_gradient_clipping else None)
+        unclipped = None if config.disable_gradient_clipping else _inside(array, how, calibration)
+        inside.append(unclipped if kept is None else kept if unclipped is None else kept & unclipped)
     out = op.run(*quantized, *extra)  # type: ignore[arg-type]
     return out, Residuals(residuals[0], residuals[1], inside[0], inside[1], extra, config)
+
+
+def _kept(array: jax.Array, role: str, rule: sparsity.SparsityRule | None) -> jax.Array | None:
+    """Which elements N:M sparsity keeps, of lhs as an activation or rhs as a weight; None: all."""
+    if rule is None:
+        return None
+    kind = "activation" if role == "lhs" else "weight"
+    n, m, order, block_size, offset = (
+        getattr(rule, f"{kind}_sparsity_{name}") for name in ("n", "m", "order", "block_size", "offset")
+    )
+    if not (n and m):
+        return None
+    if kind == "weight" and (rule.weight_sparsity_start_step != 0 or rule.weight_sparsity_update_step != 1):
+        raise ValueError(
+            "An op finds the mask of its weight anew in each call, so it knows no steps: leave out "
+            "weight_sparsity_start_step and weight_sparsity_update_step, or use SparsityModule of "
+            "qwix.contrib.sparsity.sparsity_module."
+        )
+    return sparsity.get_sparsity_mask(array, n, m, order, block_size, offset)
 
 
 def _inside(array: jax.Array, how: HowToQuantize, calibration: Calibration | None) -> jax.Array | None:

@@ -321,6 +321,13 @@ class QtProvider(qconfig.QuantizationProvider):
                     rule.bwd_stochastic_rounding, key, tuple(rule.channelwise_noise_axes)
                 )
         fields |= rule.additional_qt_config or {}
+        sparsity_rule = fields.get("sparsity_rule")
+        if sparsity_rule is not None and sparsity_rule.weight_sparsity_n and not (operands[1] and operands[1].path):
+            path = self._relative_module_path() or "the root module"
+            raise ValueError(
+                f"{path}: sparsity_rule prunes the second operand of an op as its weight, and there it is none: limit "
+                "the rule to other ops with module_path and op_names"
+            )
         unknown = sorted(set(fields) - names)
         if unknown:
             raise ValueError(
