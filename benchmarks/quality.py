@@ -1,8 +1,8 @@
 """How much quality does each quantization method keep?
 
 smollm2: perplexity of SmolLM2-135M-Instruct on docstrings of the Python standard library, in windows of 512 tokens
-after a BOS token, first the float model's and then that of each recipe; calibrated with 128 x 512 tokens of docstrings
-of other modules. All linear layers are quantized; the embedding table, which is the output layer too, stays in float.
+after a BOS token, first the float model's and then that of each recipe; calibrated with docstrings of other modules
+(128 x 512 tokens, or --calibration N). All linear layers are quantized; the embedding table, which is the output layer too, stays in float.
 minilm: mean cosine to the float embeddings, and recall, of all-MiniLM-L6-v2 on 500 docstrings (as `qwix demo` does).
 
 A recipe is the name of a preset with any group size (gptq-int3-g64) or a YAML or JSON file; presets leave the table of
@@ -27,7 +27,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 # The width of SmolLM2, 576, is no multiple of 128.
 GROUPS = {"smollm2": 64, "minilm": 128}
 FLOAT = "float32"
-WINDOW, CALIBRATION_WINDOWS, CALIBRATION_BATCH = 512, 128, 4
+WINDOW, CALIBRATION_BATCH = 512, 4
 COLUMNS = {
     "perplexity": ("perplexity", ".3f"),
     "cosine_mean": ("cosine", ".5f"),
@@ -94,7 +94,7 @@ def apply(model: Any, recipe: Any, inputs: tuple, calibration: Any) -> tuple[Any
     )
 
 
-def measure_smollm2(name: str, tokens: int) -> dict[str, float]:
+def measure_smollm2(name: str, tokens: int, windows: int) -> dict[str, float]:
     import jax.numpy as jnp
 
     from qwix import data, evaluation
@@ -106,22 +106,22 @@ def measure_smollm2(name: str, tokens: int) -> dict[str, float]:
     model, row = llama_weights.load_gguf(file), {}
     if name != FLOAT:
         ids = tokenizer.encode(data.docstring_text("calibration")).ids
-        calibration = evaluation.token_windows(ids, bos, length=WINDOW - 1)[:CALIBRATION_WINDOWS]
+        calibration = evaluation.token_windows(ids, bos, length=WINDOW - 1)[:windows]
         batches = jnp.asarray(calibration).reshape(-1, CALIBRATION_BATCH, WINDOW)
         # A generator lets a batch go once it is used.
         model, _, row = apply(model, find_recipe(name, "smollm2"), (batches[0, :1],), (b for b in batches))
     ids = tokenizer.encode(data.docstring_text("evaluation")).ids
-    windows = evaluation.token_windows(ids, bos, length=WINDOW)[: -(-tokens // WINDOW)]
+    evaluated = evaluation.token_windows(ids, bos, length=WINDOW)[: -(-tokens // WINDOW)]
     start = time.perf_counter()
     return row | {
-        "perplexity": evaluation.perplexity(model, windows),
-        "tokens": windows.shape[0] * WINDOW,
+        "perplexity": evaluation.perplexity(model, evaluated),
+        "tokens": evaluated.shape[0] * WINDOW,
         "evaluate_seconds": time.perf_counter() - start,
     }
 
 
-def measure_minilm(name: str, tokens: int) -> dict[str, float]:
-    del tokens  # The measure is of pairs of texts.
+def measure_minilm(name: str, tokens: int, windows: int) -> dict[str, float]:
+    del tokens, windows  # The measure is of pairs of texts.
     from qwix import comparison, data
     from qwix.models import packages, quantized
 
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MEASURE, default="smollm2")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="which (each method in each format)")
     parser.add_argument("--tokens", type=int, default=50176, help="at least so many to evaluate on (50176)")
+    parser.add_argument("--calibration", type=int, default=128, help="windows of 512 tokens to calibrate with (128)")
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="rows (benchmarks/results/quality-MODEL.json)"
     )
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        print(json.dumps(MEASURE[options.model](options.row, options.tokens)))
+        print(json.dumps(MEASURE[options.model](options.row, options.tokens, options.calibration)))
         return
     path = options.json or RESULTS / f"quality-{options.model}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,8 @@ def main() -> None:
     for name in wanted:
         if name in rows and not options.again:
             continue
-        command = [sys.executable, __file__, "--row", name, "--model", options.model, "--tokens", str(options.tokens)]
+        command = [sys.executable, __file__, "--row", name, "--model", options.model]
+        command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
         done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE)
         if done.returncode:
             raise SystemExit(f"{name} failed; the rows before it are in {path}")
