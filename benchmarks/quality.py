@@ -2,7 +2,8 @@
 
 smollm2: perplexity of SmolLM2-135M-Instruct on docstrings of the Python standard library, in windows of 512 tokens
 after a BOS token, first the float model's and then that of each recipe; calibrated with docstrings of other modules
-(128 x 512 tokens, or --calibration N). All linear layers are quantized; the embedding table, which is the output layer too, stays in float.
+(128 x 512 tokens, or --calibration N x 512). All linear layers are quantized; the embedding table, which is the output
+layer too, stays in float.
 minilm: mean cosine to the float embeddings, and recall, of all-MiniLM-L6-v2 on 500 docstrings (as `qwix demo` does).
 
 A recipe is the name of a preset with any group size (gptq-int3-g64) or a YAML or JSON file; presets leave the table of
