@@ -214,6 +214,9 @@ def encode(x: jax.Array, qtype: QType, noise_fn: NoiseFn | None = None) -> jax.A
         return _float4_code(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Cannot quantize to {qtype}: it is no integer or float format.")
+    if jnp.dtype(dtype).name.endswith("fnuz"):
+        # There is no negative zero, its code is NaN: which not all of XLA's code generators heed.
+        x = jnp.where(jnp.abs(x) <= float(jnp.finfo(dtype).smallest_subnormal) / 2, 0.0, x)
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)
 
