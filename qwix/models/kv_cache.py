@@ -1,14 +1,16 @@
 """The keys and values that a decoder keeps of earlier tokens, in float or in int8.
 
 A cache has a fixed size, so that every decoding step is the same compiled program, and counts how much of it is in
-use. In int8 each token's key and value of a head has a scale of its own (absmax), which stays out of
-the matmuls: q . (s k) = s (q . k), and sum_t p_t (s_t v_t) = sum_t (p_t s_t) v_t.
+use. Sequence and head are one axis: with an axis of length 1 before the heads, XLA's CPU backend (jaxlib 0.10) copies
+the whole cache four times to write a token, and without it writes into the donated cache itself. In int8 each token's
+key and value of a head has a scale of its own (absmax), which stays out of the matmuls: q . (s k) = s (q . k), and
+sum_t p_t (s_t v_t) = sum_t (p_t s_t) v_t.
 
 >>> import jax.numpy as jnp
 >>> cache = KVCache.empty(layers=1, batch=1, size=16, heads=2, head_dim=4, dtype="int8")
->>> layer = cache.layers[0].write(jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2, 3, 4)), cache.length)
+>>> layer = cache.layers[0].write(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), cache.length)
 >>> layer.keys.qvalue.dtype, layer.keys.scale.shape
-(dtype('int8'), (1, 2, 16, 1))
+(dtype('int8'), (2, 16, 1))
 """
 
 import jax
@@ -18,26 +20,26 @@ import numpy as np
 from qwix._src.core import qarray
 from qwix._src.core.pytree import array_structure
 
-# One scale for each token of a head: axes of (batch, heads, size, head_dim).
-_HOW = qarray.HowToQuantize(qtype=jnp.int8, channelwise_axes=(0, 1, 2))
+# One scale for each token of a head: axes of (batch * heads, size, head_dim).
+_HOW = qarray.HowToQuantize(qtype=jnp.int8, channelwise_axes=(0, 1))
 
 Cached = jax.Array | qarray.QArray
 
 
 @array_structure
 class LayerCache:
-    """Keys and values of one layer, (batch, heads, size, head_dim): float arrays or int8 QArrays."""
+    """Keys and values of one layer, (batch * heads, size, head_dim): float arrays or int8 QArrays."""
 
     keys: Cached
     values: Cached
 
     def write(self, keys: jax.Array, values: jax.Array, start: jax.Array) -> "LayerCache":
-        """A cache with those of new tokens, (batch, heads, tokens, head_dim), at `start` and after it."""
+        """A cache with those of new tokens, (batch * heads, tokens, head_dim), at `start` and after it."""
         return LayerCache(_write(self.keys, keys, start), _write(self.values, values, start))
 
     def read(self, size: int) -> "LayerCache":
         """The first `size` tokens."""
-        return jax.tree.map(lambda array: array[:, :, :size], self)
+        return self if size == self.keys.shape[1] else jax.tree.map(lambda array: array[:, :size], self)
 
 
 @array_structure
@@ -58,7 +60,7 @@ class KVCache:
     ) -> "KVCache":
         """A cache for `size` tokens; `dtype` is a float type or int8."""
         dtype = np.dtype(dtype)
-        shape = (batch, heads, size, head_dim)
+        shape = (batch * heads, size, head_dim)
 
         def part() -> Cached:
             if dtype == np.int8:
@@ -72,7 +74,7 @@ class KVCache:
     @property
     def size(self) -> int:
         """The number of tokens that it can hold."""
-        return self.layers[0].keys.shape[2]
+        return self.layers[0].keys.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -81,26 +83,26 @@ class KVCache:
 
 
 def scores(query: jax.Array, keys: Cached) -> jax.Array:
-    """Products of queries (batch, heads, queries, head_dim) with keys: (batch, heads, queries, keys)."""
+    """Products of queries (batch * heads, queries, head_dim) with keys: (batch * heads, queries, keys)."""
     if not isinstance(keys, qarray.QArray):
-        return jnp.einsum("bhqd,bhkd->bhqk", query, keys.astype(query.dtype))
-    products = jnp.einsum("bhqd,bhkd->bhqk", query, keys.qvalue.astype(query.dtype))
-    return products * keys.scale.astype(query.dtype).swapaxes(2, 3)
+        return jnp.einsum("hqd,hkd->hqk", query, keys.astype(query.dtype))
+    products = jnp.einsum("hqd,hkd->hqk", query, keys.qvalue.astype(query.dtype))
+    return products * keys.scale.astype(query.dtype).swapaxes(1, 2)
 
 
 def mix(weights: jax.Array, values: Cached) -> jax.Array:
-    """Sums of values weighted by (batch, heads, queries, keys): (batch, heads, queries, head_dim)."""
+    """Sums of values weighted by (batch * heads, queries, keys): (batch * heads, queries, head_dim)."""
     if not isinstance(values, qarray.QArray):
-        return jnp.einsum("bhqk,bhkd->bhqd", weights, values.astype(weights.dtype))
-    weights = weights * values.scale.astype(weights.dtype).swapaxes(2, 3)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, values.qvalue.astype(weights.dtype))
+        return jnp.einsum("hqk,hkd->hqd", weights, values.astype(weights.dtype))
+    weights = weights * values.scale.astype(weights.dtype).swapaxes(1, 2)
+    return jnp.einsum("hqk,hkd->hqd", weights, values.qvalue.astype(weights.dtype))
 
 
 def _write(cached: Cached, new: jax.Array, start: jax.Array) -> Cached:
     if isinstance(cached, qarray.QArray):
         quantized = qarray.quantize(new.astype(cached.dtype), _HOW)
         return cached.replace(
-            qvalue=jax.lax.dynamic_update_slice_in_dim(cached.qvalue, quantized.qvalue, start, axis=2),
-            scale=jax.lax.dynamic_update_slice_in_dim(cached.scale, quantized.scale, start, axis=2),
+            qvalue=jax.lax.dynamic_update_slice_in_dim(cached.qvalue, quantized.qvalue, start, axis=1),
+            scale=jax.lax.dynamic_update_slice_in_dim(cached.scale, quantized.scale, start, axis=1),
         )
-    return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=1)

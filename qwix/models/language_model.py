@@ -11,6 +11,7 @@ from qwix.interop import gguf, gguf_tokenizer
 from qwix.interop.safetensors import CheckpointError
 from qwix.models import llama_weights
 from qwix.models.llama import Llama
+from qwix.recipes import Recipe
 
 
 @dataclasses.dataclass
@@ -60,24 +61,29 @@ class LanguageModel:
         return "" if token is None else self.tokenizer.id_to_token(token)
 
 
-def load(path: str | os.PathLike[str]) -> LanguageModel:
+def load(path: str | os.PathLike[str], recipe: Recipe | None = None) -> LanguageModel:
     """Loads a GGUF file or a Hugging Face directory; see `llama_weights.find`.
+
+    Args:
+      path: the file or directory.
+      recipe: quantizes each weight as it is read; see `llama_weights.load`.
 
     Raises:
       CheckpointError: a file is missing, damaged or of another architecture.
+      RecipeError: the recipe does not fit the model.
       MissingExtraError: the package `tokenizers` is not installed.
     """
     path = llama_weights.find(path)
-    return _load_gguf(path) if path.is_file() else _load_hugging_face(path)
+    return _load_gguf(path, recipe) if path.is_file() else _load_hugging_face(path, recipe)
 
 
-def _load_gguf(path: pathlib.Path) -> LanguageModel:
+def _load_gguf(path: pathlib.Path, recipe: Recipe | None) -> LanguageModel:
     file = gguf.read(path)
     metadata = file.metadata
     tokenizer = gguf_tokenizer.load_tokenizer(file)
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     return LanguageModel(
-        model=llama_weights.load_gguf(file),
+        model=llama_weights.load_gguf(file, recipe),
         tokenizer=tokenizer,
         bos=metadata.get("tokenizer.ggml.bos_token_id"),
         stop=() if eos is None else (eos,),
@@ -85,7 +91,7 @@ def _load_gguf(path: pathlib.Path) -> LanguageModel:
     )
 
 
-def _load_hugging_face(directory: pathlib.Path) -> LanguageModel:
+def _load_hugging_face(directory: pathlib.Path, recipe: Recipe | None) -> LanguageModel:
     tokenizers = import_extra("tokenizers")
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -98,7 +104,7 @@ def _load_hugging_face(directory: pathlib.Path) -> LanguageModel:
     eos = config.get("eos_token_id")
     template = directory / "chat_template.jinja"
     return LanguageModel(
-        model=llama_weights.load(directory),
+        model=llama_weights.load(directory, recipe),
         tokenizer=tokenizer,
         bos=config.get("bos_token_id"),
         stop=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),

@@ -108,20 +108,21 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
 
         def heads(y: jax.Array, count: int) -> jax.Array:
-            return y.reshape(batch, length, count, self.head_dim).swapaxes(1, 2)
+            return y.reshape(batch, length, count, self.head_dim).swapaxes(1, 2).reshape(-1, length, self.head_dim)
 
         query = rotate(heads(self.q_proj(x), self.heads), rotation)
         keys = rotate(heads(self.k_proj(x), self.kv_heads), rotation)
         values = heads(self.v_proj(x), self.kv_heads)
         cache = cache and cache.write(keys, values, start)
         seen = cache.read(mask.shape[1]) if cache else LayerCache(keys, values)
-        # Query heads that share a key head are further queries of it: (batch, kv_heads, group * tokens, head_dim).
+        # Query heads that share a key head are further queries of it: (batch * kv_heads, group * tokens, head_dim).
         group = self.heads // self.kv_heads
-        query = query.reshape(batch, self.kv_heads, group * length, self.head_dim)
+        query = query.reshape(batch * self.kv_heads, group * length, self.head_dim)
         scores = kv_cache.scores(query, seen.keys) / np.sqrt(self.head_dim)
-        scores = scores.reshape(batch, self.kv_heads, group, length, -1)
+        if length > 1:
+            scores = scores.reshape(batch * self.kv_heads, group, length, -1)
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores).reshape(batch, self.kv_heads, group * length, -1)
+        weights = jax.nn.softmax(scores).reshape(batch * self.kv_heads, group * length, -1)
         mixed = kv_cache.mix(weights, seen.values)
         mixed = mixed.reshape(batch, self.heads, length, self.head_dim).swapaxes(1, 2)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
@@ -229,7 +230,7 @@ def rope_rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair (x_i, x_{i + d/2}) of the last axis of (batch, heads, tokens, d)."""
+    """Turns each pair (x_i, x_{i + d/2}) of the last axis of (..., tokens, d)."""
     cos, sin = (part.astype(x.dtype) for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -20,9 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qwix import applying
+from qwix._src.providers.quantized_param import Replacement
+from qwix._src.providers.with_aux import WithAux
+from qwix._src.utils import flax_util
 from qwix.interop import gguf
 from qwix.interop.safetensors import CheckpointError, read_tensors
 from qwix.models.llama import Llama, LlamaConfig
+from qwix.recipes import Recipe
 
 # module path in a layer -> (name in a GGUF file, in a Hugging Face checkpoint).
 _IN_LAYER = {
@@ -81,18 +86,35 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     return files[0]
 
 
-def load(path: str | os.PathLike[str]) -> Llama:
-    """Loads a Llama in float32 from a GGUF file or a Hugging Face directory; see `find`.
+def load(path: str | os.PathLike[str], recipe: Recipe | None = None) -> Llama:
+    """Loads a Llama from a GGUF file or a Hugging Face directory; see `find`.
+
+    Args:
+      path: the file or directory.
+      recipe: one that `goes_by_tensor`: the model is what `qwix.apply_recipe` makes of the float one, and each weight
+        is quantized as soon as it is read, so that the model is never there in float. None: float32.
 
     Raises:
       CheckpointError: a file is missing, truncated or of another architecture; a tensor is missing, has another shape,
         is no float, holds NaN or infinity, or has no place in the model.
+      RecipeError: the recipe does not fit the model.
+      ValueError: the recipe needs the whole model.
     """
     path = find(path)
-    return load_gguf(gguf.read(path)) if path.is_file() else _load_hugging_face(path)
+    return load_gguf(gguf.read(path), recipe) if path.is_file() else _load_hugging_face(path, recipe)
 
 
-def load_gguf(file: gguf.File) -> Llama:
+def goes_by_tensor(recipe: Recipe) -> bool:
+    """Whether a recipe quantizes each weight by itself: round-to-nearest, and nothing before it.
+
+    >>> from qwix.recipes import get_recipe
+    >>> [goes_by_tensor(get_recipe(name)) for name in ("int4-g32", "gptq-int4-g128", "rotate-int8")]
+    [True, False, False]
+    """
+    return [stage["method"] for stage in recipe.stages] == ["round-to-nearest"]
+
+
+def load_gguf(file: gguf.File, recipe: Recipe | None = None) -> Llama:
     """`load` for a GGUF file that is open already."""
     config = config_from_gguf(file)
     names = set(file.tensors) - {_ROPE_FACTORS}
@@ -106,7 +128,7 @@ def load_gguf(file: gguf.File) -> Llama:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(path[-2])
         return value if heads is None else _unpermute(value, heads)
 
-    return _fill(config, take, names, file.path)
+    return _fill(config, take, names, file.path, recipe)
 
 
 def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:
@@ -190,7 +212,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def _load_hugging_face(directory: pathlib.Path) -> Llama:
+def _load_hugging_face(directory: pathlib.Path, recipe: Recipe | None) -> Llama:
     path = directory / "config.json"
     try:
         config = config_from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -214,7 +236,7 @@ def _load_hugging_face(directory: pathlib.Path) -> Llama:
             raise CheckpointError(f"{path}: tensor {name!r} is {value.dtype}, not a float array")
         return value.astype(np.float32)
 
-    return _fill(config, take, names, path)
+    return _fill(config, take, names, path, recipe)
 
 
 def _read_shards(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -229,11 +251,21 @@ def _read_shards(directory: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: tensor for file in files for name, tensor in read_tensors(directory / file).items()}
 
 
-def _fill(config: LlamaConfig, take: Callable[[Path], np.ndarray], names: set[str], path: pathlib.Path) -> Llama:
+def _fill(
+    config: LlamaConfig,
+    take: Callable[[Path], np.ndarray],
+    names: set[str],
+    path: pathlib.Path,
+    recipe: Recipe | None,
+) -> Llama:
     """A model whose parameters `take` gives by their path, as float32 and (out, in); it empties `names`."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    leaves = []
-    for parameter, variable in nnx.to_flat_state(state):
+    if recipe is not None and not goes_by_tensor(recipe):
+        raise ValueError(f"recipe {recipe.name!r} needs the whole model: load it in float and use qwix.apply_recipe")
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    parameters = nnx.to_flat_state(nnx.state(model))
+    if recipe is not None:
+        model = applying.template(model, recipe, jnp.ones((1, 8), jnp.int32))
+    for parameter, variable in parameters:
         value = take(parameter)
         turned = parameter[-1] == "kernel"
         shape = variable.shape[::-1] if turned else variable.shape
@@ -242,10 +274,16 @@ def _fill(config: LlamaConfig, take: Callable[[Path], np.ndarray], names: set[st
             raise CheckpointError(f"{path}: {where} has shape {value.shape}, and the configuration asks for {shape}")
         if not np.isfinite(value).all():
             raise CheckpointError(f"{path}: {where} holds NaN or infinity")
-        leaves.append((parameter, variable.replace(jnp.asarray(value.T if turned else value))))
+        filled: Any = variable.replace(jnp.asarray(value.T if turned else value))
+        keys: Any = parameter[:-1]
+        owner: Any = flax_util.get_value_from_path(model, keys)
+        wanted = getattr(owner, str(parameter[-1]))
+        if isinstance(wanted, WithAux):
+            filled = Replacement(wanted.how, tuple(wanted.shape), tuple(variable.shape))(filled)
+        setattr(owner, str(parameter[-1]), filled)
     if unknown := sorted(names):
         raise CheckpointError(
             f"{path}: {len(unknown)} tensors have no place in this model, {unknown[0]!r} first: "
             "the configuration describes fewer layers, or this is not a plain Llama"
         )
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+    return model

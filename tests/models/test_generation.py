@@ -96,5 +96,7 @@ def test_the_cache_is_donated(decoder):
     held = jax.tree.leaves(nnx.state(decoder.model))
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.model.empty_cache(1, 48)))
     memory = step.memory_analysis()
+    assert " copy(f32[2,48,16]" not in step.as_text()  # nor may XLA, to read what it has just written
+    assert memory.temp_size_in_bytes < cache
     assert memory.alias_size_in_bytes >= cache - 4
     assert memory.argument_size_in_bytes < sum(leaf.nbytes for leaf in held) + cache + 1024

@@ -1,12 +1,17 @@
+import gc
 import json
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 
+import qwix
 from qwix.interop.safetensors import CheckpointError, write_tensors
 from qwix.models import llama_weights
+from qwix.recipes import get_recipe
 from tests.interop import gguf_writer
 from tests.models import llama_files
 
@@ -164,3 +169,22 @@ def test_both_ways_to_write_the_base_of_rope():
     assert llama_weights.config_from_dict(llama_files.CONFIG).rope_theta == 500.0
     with pytest.raises(ValueError, match="vocab_size missing"):
         llama_weights.config_from_dict({k: v for k, v in new.items() if k != "vocab_size"})
+
+
+def test_weights_are_quantized_one_by_one(weights, tmp_path):
+    """The model is that of `apply_recipe`, and nothing of it is left in float but what it holds."""
+    path = llama_files.write_gguf(tmp_path / "m.gguf", weights)
+    before = {id(array) for array in jax.live_arrays()}
+    model = llama_weights.load(path, get_recipe("int4-g32"))
+    gc.collect()
+    alive = [array for array in jax.live_arrays() if id(array) not in before]
+    leaves = jax.tree.leaves(nnx.state(model))
+    assert sum(array.nbytes for array in alive) == sum(leaf.nbytes for leaf in leaves)
+    assert sum(leaf.nbytes for leaf in leaves if leaf.dtype == jnp.int4) > 60_000
+    whole, _ = qwix.apply_recipe(llama_weights.load(path), "int4-g32", jnp.ones((1, 8), jnp.int32))
+    ids = jnp.array([[3, 41, 7]])
+    np.testing.assert_array_equal(nnx.jit(lambda m: m(ids))(model), nnx.jit(lambda m: m(ids))(whole))
+    for ours, theirs in zip(leaves, jax.tree.leaves(nnx.state(whole)), strict=True):
+        np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
+    with pytest.raises(ValueError, match="'gptq-int4-g128' needs the whole model"):
+        llama_weights.load(path, get_recipe("gptq-int4-g128"))

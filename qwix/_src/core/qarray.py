@@ -535,6 +535,8 @@ def rewriting_take(array: Any, idx: Any) -> Any:
     >>> q[:, jnp.array([0, 5, 7])].scale.shape
     (1, 3)
     """
+    if isinstance(array, QArray) and array.own_ops is not None:
+        return array[idx]  # which knows its layout, and need not be `plain`
     array = unwrap(array)
     if not isinstance(array, QArray):
         return array[idx]
