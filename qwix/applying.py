@@ -133,18 +133,18 @@ def _apply(
     calibration: Iterable[Any],
     track: Any,
 ) -> tuple[Any, Any]:
-    """The float model that the last stage is given, and what it makes of that."""
+    """The float model whose weights the last stage quantizes, and what it makes of that."""
     stages = tuple(stages)
     batches = _Batches(calibration, keep=sum(methods.needs_data(stage["method"]) for stage in stages) > 1)
     for stage in stages:
-        prepared, job = model, methods.Job(model, recipe.rules, inputs, batches, track)
+        job = methods.Job(model, recipe.rules, inputs, batches, track)
         try:
             model = methods.run(stage, job)
         except RecipeError as error:
             raise RecipeError(f"recipe {recipe.name!r}: {stage['method']}: {error}") from error
         except (ValueError, TypeError) as error:
             raise RecipeError(f"recipe {recipe.name!r}: {stage['method']} does not fit this model: {error}") from error
-    return prepared, _quantize_tables(model, recipe, inputs)
+    return job.reference, _quantize_tables(model, recipe, inputs)
 
 
 class _Batches:

@@ -142,6 +142,8 @@ class Job:
       inputs: arguments of a call, whose values do not matter.
       batches: calibration inputs as (args, kwargs), to iterate over once; empty without calibration data.
       progress: progress(iterable, description) yields from an iterable, and shows how far it is.
+      reference: the float model whose weights the result has quantized: `model`, unless a method changes them itself
+        before it quantizes, and says so here for the report.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class Job:
         self.inputs = inputs
         self.batches = batches
         self.progress = progress
+        self.reference = model
 
     def rules(self, rule_type: type = qconfig.QuantizationRule) -> list[Any]:
         """The recipe's rules for ops that multiply, as rules of a provider."""
@@ -181,6 +184,15 @@ class Job:
         if isinstance(self.model, LinenModel):
             return LinenModel(module, {**self.model.variables, "params": params})
         return module
+
+    def scaled(self, result: Any) -> Any:
+        """What a method returns that scales the model before it quantizes it (`contrib.scaling.Quantized`)."""
+        check_used(result.provider)
+        if isinstance(self.model, LinenModel):
+            self.reference = LinenModel(self.model.module, result.smoothed)
+            return LinenModel(*result.model)
+        self.reference = result.smoothed
+        return result.model
 
     def prepared(self, model: Any, left: Mapping[str, str]) -> Any:
         """What a method returns that has a float model (in Linen its variables), and why weights were left alone."""
@@ -258,33 +270,23 @@ def _round_to_nearest(job: Job) -> Any:
 
 
 @method("awq", needs_data=True)
-def _awq(job: Job, *, n_grid: int = 20) -> Any:
+def _awq(job: Job, *, n_grid: int = 20, n_clip: int = 10) -> Any:
     from qwix.contrib import awq
 
-    rules = job.rules(awq.AwqRule)
-    provider = awq.AwqCalibrationProvider(rules)
-    stats = job.observe(provider)
-    check_used(provider)
-
-    def quantize_params(params: Any, abstract: Any) -> Any:
-        return awq.quantize_params(params, abstract, stats, n_grid=n_grid)
-
-    return job.quantize(awq.AwqInferenceProvider(rules), quantize_params)
+    rules = [dataclasses.replace(rule, n_grid=n_grid) for rule in job.rules(awq.AwqRule)]
+    result = awq.scale_and_quantize(job.float_module, job.raw_batches(), rules, variables=job.variables, n_clip=n_clip)
+    return job.scaled(result)
 
 
 @method("smooth-quant", needs_data=True)
-def _smooth_quant(job: Job, *, alpha: float = 0.5) -> Any:
+def _smooth_quant(job: Job, *, alpha: float = 0.5, n_grid: int = 0) -> Any:
     from qwix.contrib import smooth_quant
 
     rules = [dataclasses.replace(rule, alpha=alpha) for rule in job.rules(smooth_quant.SqRule)]
-    provider = smooth_quant.SqCalibrationProvider(rules)
-    stats = job.observe(provider)
-    check_used(provider)
-
-    def quantize_params(params: Any, abstract: Any) -> Any:
-        return smooth_quant.quantize_params(params, abstract, stats)
-
-    return job.quantize(smooth_quant.SqInferenceProvider(rules), quantize_params)
+    result = smooth_quant.scale_and_quantize(
+        job.float_module, job.raw_batches(), rules, variables=job.variables, n_grid=n_grid
+    )
+    return job.scaled(result)
 
 
 @method("gptq", needs_data=True, structure="round-to-nearest")
@@ -352,11 +354,12 @@ def _hqq(job: Job, *, p: float = 2.0, beta: float = 10.0, kappa: float = 1.01) -
 
 
 @method("smooth", quantizes=False, needs_data=True, structure="")
-def _smooth(job: Job, *, alpha: float = 0.5) -> Any:
+def _smooth(job: Job, *, alpha: float = 0.5, n_grid: int = 0) -> Any:
     from qwix.contrib import smooth_quant
 
     rules = [dataclasses.replace(rule, alpha=alpha) for rule in job.rules(smooth_quant.SqRule)]
-    return job.prepared(*smooth_quant.smooth(job.float_module, job.raw_batches(), rules, variables=job.variables))
+    smoothed = smooth_quant.smooth(job.float_module, job.raw_batches(), rules, variables=job.variables, n_grid=n_grid)
+    return job.prepared(*smoothed)
 
 
 @method("awq-scale", quantizes=False, needs_data=True, structure="")

@@ -221,6 +221,13 @@ def quantize(
     >>> type(quantized.up.kernel).__name__, type(quantized.down.kernel).__name__  # that of down went into up
     ('WithAwqScale', 'WithAux')
     """
+    return scale_and_quantize(model, batches, rules, variables=variables, n_clip=n_clip).model
+
+
+def scale_and_quantize(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_clip: int = 10
+) -> scaling.Quantized:
+    """`quantize`, with the scaled float model that was quantized."""
     calibrated, chosen, provider = _calibrated(model, batches, rules, variables)
 
     def quantize_weight(context: calibration.CalibratedQuantContext, w: jax.Array, scale: jax.Array) -> Any:

@@ -36,7 +36,7 @@ from qwix._src.core import numerics, qarray
 from qwix.contrib import input_scale
 
 # How many rows of a weight are enough to choose the scales that all of them share.
-_MAX_ROWS = 1024
+MAX_ROWS = 1024
 
 
 def compute_act_scale(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -168,10 +168,10 @@ def output_errors(w: jax.Array, second_moments: jax.Array, scales: jax.Array, ho
     >>> round(float(errors[0]), 2)  # 7.5 becomes 7, and 0.4 becomes 0
     1.69
     """
-    rows = _some_rows(w, max(64, 2**30 // w.shape[1] ** 2)).astype(jnp.float32)
+    rows = some_rows(w, max(64, min(256, 2**28 // w.shape[1] ** 2))).astype(jnp.float32)
     h = second_moments.astype(jnp.float32)
 
-    e = jax.lax.map(lambda s: _round_trip(rows * s, how) / s - rows, scales)
+    e = jax.lax.map(lambda s: round_trip(rows * s, how) / s - rows, scales)
     products = jnp.matmul(e.reshape(-1, w.shape[1]), h).reshape(e.shape)  # one large matmul is quicker than many
     return jnp.sum(products * e, (1, 2))
 
@@ -214,7 +214,7 @@ def clip(
         return qarray.compute_scale_zero_point(clipped, how.qtype)
 
     def errors(x: jax.Array, share: jax.Array) -> jax.Array:
-        e = (_round_trip(x, how, parameters_of(x, share)) - x).reshape(-1, blocks, block).transpose(1, 0, 2)
+        e = (round_trip(x, how, parameters_of(x, share)) - x).reshape(-1, blocks, block).transpose(1, 0, 2)
         of_blocks = jnp.sum(jnp.matmul(e, h) * e, -1).T
         rows = x.shape[0] if 0 in how.channelwise_axes else 1
         return of_blocks.reshape(rows, -1, groups, blocks // groups).sum((1, 3))
@@ -237,7 +237,7 @@ def clip(
     return qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point).astype(w.dtype)
 
 
-def _some_rows(w: jax.Array, count: int) -> jax.Array:
+def some_rows(w: jax.Array, count: int) -> jax.Array:
     """About `count` rows, evenly spaced."""
     return w[:: max(w.shape[0] // count, 1)]
 
@@ -258,7 +258,7 @@ def _normalized(base: jax.Array, alpha: jax.Array) -> jax.Array:
 def _search(
     w: jax.Array, activation_scales: jax.Array, how: qarray.HowToQuantize, n_grid: int, min_scale: float
 ) -> jax.Array:
-    w = _some_rows(w, _MAX_ROWS).astype(jnp.float32)
+    w = some_rows(w, MAX_ROWS).astype(jnp.float32)
     magnitudes, base = _magnitudes(activation_scales, min_scale)
 
     def scales_of(alpha: jax.Array) -> jax.Array:
@@ -266,7 +266,7 @@ def _search(
 
     def loss(alpha: jax.Array) -> jax.Array:
         scales = scales_of(alpha)
-        error = (_round_trip(w * scales, how) / scales - w) * magnitudes
+        error = (round_trip(w * scales, how) / scales - w) * magnitudes
         return jnp.mean(error**2)
 
     alphas = jnp.linspace(0, 1, n_grid, dtype=jnp.float32)
@@ -276,7 +276,7 @@ def _search(
     return jnp.where(jnp.isfinite(activation_scales).all(), best, jnp.nan)
 
 
-def _round_trip(x: jax.Array, how: qarray.HowToQuantize, parameters: Any = None) -> jax.Array:
+def round_trip(x: jax.Array, how: qarray.HowToQuantize, parameters: Any = None) -> jax.Array:
     """dequantize(quantize(x)) in float32, without packing elements into 4 bits on the way.
 
     `parameters` are the scale and zero point; None: those that `how` finds.

@@ -49,6 +49,9 @@ from qwix.contrib import input_features
 
 _average = averaging.SimpleMovingAverage()
 
+# The name of the statistic that is activations themselves, (in, samples): of one call, since calls are averaged.
+SAMPLES = "samples"
+
 
 # ---------------------------------------------------------------- collecting statistics
 
@@ -180,7 +183,8 @@ class SinglePassCalibrationProvider(CalibrationProvider):
           lhs: the activations, (input features, samples).
 
         Returns:
-          Arrays by name. All of their axes run over the input features: (in,), (in, in).
+          Arrays by name. All of their axes run over the input features: (in,), (in, in). The exception is one named
+          `SAMPLES`, (in, samples).
         """
         raise NotImplementedError
 
@@ -463,14 +467,15 @@ def _is_known(x: Any) -> bool:
 
 def _by_column(x: jax.Array, columns: np.ndarray, where: str, name: str) -> jax.Array:
     """A statistic with each axis in the order of the columns."""
-    if set(x.shape) != {len(columns)}:
+    axes = range(x.ndim - (name == SAMPLES))
+    if any(x.shape[axis] != len(columns) for axis in axes):
         raise ValueError(
             f"the statistic {name} of {where} has shape {x.shape}, the weight has {len(columns)} input features: it "
             "was taken from another model, or in an op that contracts other axes"
         )
     if np.array_equal(columns, np.arange(len(columns))):
         return x
-    for axis in range(x.ndim):
+    for axis in axes:
         x = jnp.take(x, columns, axis=axis)
     return x
 

@@ -21,20 +21,9 @@ from flax import nnx
 from qwix._src import model as model_lib
 from qwix._src.providers import ptq
 from qwix._src.utils import flax_util
-from qwix.contrib import calibration, folding, input_scale
+from qwix.contrib import calibration, folding, input_scale, observing
 
 Context = calibration.CalibratedQuantContext
-
-
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as arguments of a call: a tuple of them, a dictionary of keyword arguments, or the only one.
-
-    >>> arguments({"x": 1}), arguments((1, 2)), arguments(3)
-    (((), {'x': 1}), ((1, 2), {}), ((3,), {}))
-    """
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +41,7 @@ class Calibrated:
 
     model: Any
     variables: Any
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: observing.Call
     stats: Any
     suffix: str
     sites: list[folding.Site]
@@ -60,11 +49,11 @@ class Calibrated:
     @property
     def params(self) -> Any:
         """The float parameters, as a pure dictionary."""
-        return _params(self.model, self.variables)
+        return observing.params_of(self.model, self.variables)
 
     def weights(self, provider: input_scale.InputScaleProvider) -> dict[folding.Path, list[Context]]:
         """The weights that have statistics; a stacked one has a context for each layer."""
-        template = ptq.Template(_abstract(self.model, provider, self.inputs))
+        template = ptq.Template(observing.abstract_params(self.model, provider, self.inputs))
         params, found = dict(ptq.flatten(self.params)), {}
         for key, stats in ptq.flatten(self.stats, is_leaf=lambda x: "count" in x):
             if not str(key[-1]).endswith(self.suffix):
@@ -93,48 +82,10 @@ def calibrate(
     provider: calibration.SinglePassCalibrationProvider,
     variables: Any = None,
 ) -> Calibrated:
-    """Runs a model on calibration batches, once.
-
-    Raises:
-      ValueError: there is no batch; or a Linen model came without variables.
-    """
-    if isinstance(model, nn.Module) and variables is None:
-        raise ValueError("a Linen model needs variables={'params': ...}")
-    inputs: Any = None
-    step = stats = None
-    for batch in batches:
-        args, kwargs = arguments(batch)
-        if step is None:
-            inputs = (args, kwargs)
-            step, stats = _observing(model, provider, variables, inputs)
-        stats = step(stats, args, kwargs)
-    if inputs is None:
-        raise ValueError("no calibration batch: AWQ and SmoothQuant need to see activations")
-    if not isinstance(model, nn.Module):
-        stats = nnx.to_pure_dict(nnx.state(stats, flax_util.QuantStat))
+    """Runs a model on calibration batches, once; see `observing.observe`."""
+    stats, inputs = observing.observe(model, batches, provider, variables)
     sites = folding.find_sites(model, *inputs[0], variables=variables, **inputs[1])
     return Calibrated(model, variables, inputs, stats, provider.get_stats_suffix(), sites)
-
-
-def _observing(model: Any, provider: Any, variables: Any, inputs: Any) -> tuple[Callable[..., Any], Any]:
-    """A compiled step (statistics so far, args, kwargs) -> statistics, and what it starts from."""
-    if isinstance(model, nn.Module):
-        module = model_lib.quantize_model(model, provider)
-
-        @jax.jit
-        def linen_step(stats: Any, args: Any, kwargs: Any) -> Any:
-            tree = {**variables, "quant_stats": stats}
-            return module.apply(tree, *args, mutable=["quant_stats"], **kwargs)[1]["quant_stats"]
-
-        return linen_step, {}
-    observed = model_lib.quantize_model(model, provider, *inputs[0], **inputs[1])
-    call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs))
-
-    def nnx_step(observed: Any, args: Any, kwargs: Any) -> Any:
-        call(observed, args, kwargs)
-        return observed
-
-    return nnx_step, observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,13 +151,28 @@ def smooth(calibrated: Calibrated, chosen: Chosen) -> tuple[Any, dict[str, str]]
     return folding.apply_scales(calibrated.model, folded, variables=calibrated.variables), unfolded
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What became of a model.
+
+    Attributes:
+      model: the quantized model; in Linen a pair of it and its variables.
+      smoothed: the float model with the scales that could be folded (in Linen its variables), which was quantized.
+      provider: that the quantized model runs under.
+    """
+
+    model: Any
+    smoothed: Any
+    provider: input_scale.InputScaleProvider
+
+
 def quantize(
     calibrated: Calibrated,
     chosen: Chosen,
     provider: input_scale.InputScaleProvider,
     quantize_weight: Callable[[Context, jax.Array, jax.Array], Any],
-) -> Any:
-    """The quantized model; in Linen a pair of it and its variables.
+) -> Quantized:
+    """Quantizes a model with its scales.
 
     Args:
       calibrated: the model.
@@ -244,16 +210,16 @@ def quantize(
         runtime = {path for path, (site, _) in scales.items() if site.reason is not None}
         _drop_scales(quantized, runtime)
     params = calibration.quantize_params_with_calibration(
-        _params(model, smoothed),
+        observing.params_of(model, smoothed),
         abstract,
         calibrated.stats,
         calibrated.suffix,
         quantize_one,
     )
     if is_linen:
-        return quantized, {**smoothed, "params": params}
+        return Quantized((quantized, {**smoothed, "params": params}), smoothed, provider)
     nnx.update(quantized, params)
-    return quantized
+    return Quantized(quantized, smoothed, provider)
 
 
 def _drop_scales(model: nnx.Module, keep: set[folding.Path]) -> None:
@@ -264,18 +230,3 @@ def _drop_scales(model: nnx.Module, keep: set[folding.Path]) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, input_scale.WithInputScale) and (*path, name) not in keep:
                 setattr(module, name, value.without_scale())
-
-
-def _params(model: Any, variables: Any) -> Any:
-    if isinstance(model, nn.Module):
-        return variables["params"]
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def _abstract(model: Any, provider: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """The quantized model's parameters without values: a tree in Linen, a model in NNX."""
-    args, kwargs = inputs
-    if isinstance(model, nn.Module):
-        quantized = model_lib.quantize_model(model, provider)
-        return jax.eval_shape(quantized.init, jax.random.key(0), *args, **kwargs)["params"]
-    return nnx.eval_shape(lambda: model_lib.quantize_model(model, provider, *args, **kwargs))

@@ -27,7 +27,7 @@ from qwix._src import model as model_lib
 from qwix._src.core import qarray
 from qwix._src.providers import ptq
 from qwix._src.utils import flax_util
-from qwix.contrib import calibration, input_features, segments
+from qwix.contrib import calibration, input_features, observing, segments
 
 _average = averaging.SimpleMovingAverage()
 QuantizeFn = Callable[[calibration.CalibratedQuantContext], ptq.WithAux]
@@ -100,7 +100,7 @@ def quantize(
     runner = _Runner(source, provider, pair_stats)
     suffix = provider.get_stats_suffix()
     for batch in batches:
-        runner.start(*as_call(batch))
+        runner.start(*observing.as_call(batch))
     if not runner.batches:
         raise ValueError("there is nothing to calibrate with: batches is empty")
     first = runner.first_call
@@ -130,17 +130,6 @@ def quantize(
     if isinstance(quantized_model, nnx.Module):
         nnx.update(quantized_model, params)
     return Result(quantized_model, params, plan.stages, calibration.nested(kept))
-
-
-def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of a batch: a dict is keywords, a tuple or list positional arguments, all else the only one.
-
-    >>> as_call((1, 2)), as_call({"x": 1}), as_call(3)
-    (((1, 2), {}), ((), {'x': 1}), ((3,), {}))
-    """
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
 class _Source:

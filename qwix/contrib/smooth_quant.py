@@ -30,6 +30,7 @@ Weights may have any name and layout, and may be used by dot_general (with all t
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -41,7 +42,7 @@ from flax import nnx
 from qwix._src import nnx_nodes, qconfig
 from qwix._src.core import pytree, qarray
 from qwix._src.providers import ptq
-from qwix.contrib import calibration, input_scale, scaling
+from qwix.contrib import awq_core, calibration, folding, input_scale, observing, scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ def quantize_params(
 
 
 def smooth(
-    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_grid: int = 0
 ) -> tuple[Any, dict[str, str]]:
     """Smooths a float model: the scales go into the norms and layers before the weights, and the outputs stay the same.
 
@@ -215,6 +216,9 @@ def smooth(
       batches: calibration inputs, read once: arrays, tuples of arguments, dictionaries of keyword arguments.
       rules: `SqRule`s, which say which weights, and their alpha.
       variables: Linen only.
+      n_grid: number of alphas, evenly spaced from 0 to 1, of which each activation gets the one with the smallest
+        error of the outputs of its layers, weights and activations quantized; the samples are those of the first
+        batch. 0: that of the rule.
 
     Returns:
       The float model (in Linen its variables), and for each weight that was left as it was, by path, why its scale
@@ -230,37 +234,50 @@ def smooth(
     >>> list(left), bool(jnp.allclose(smoothed(x), model(x), atol=1e-5))
     (['up/kernel'], True)
     """
-    calibrated = scaling.calibrate(model, batches, SqCalibrationProvider(rules), variables)
-    weights = calibrated.weights(SqInferenceProvider(rules))
-    return scaling.smooth(calibrated, scaling.choose(calibrated, weights, _scale_of_site))
+    calibrated, chosen, _ = _calibrated(model, batches, rules, variables, n_grid)
+    return scaling.smooth(calibrated, chosen)
 
 
-def quantize(model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None) -> Any:
+def quantize(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_grid: int = 0
+) -> Any:
     """Quantizes a model with SmoothQuant.
 
     Scales are folded where the model lets them, as by `smooth`; other weights have activations take them at inference.
 
     Args:
-      model, batches, rules, variables: see `smooth`.
+      model, batches, rules, variables, n_grid: see `smooth`.
 
     Returns:
       The quantized model; in Linen a pair of it and its variables.
     """
-    calibrated = scaling.calibrate(model, batches, SqCalibrationProvider(rules), variables)
-    provider = SqInferenceProvider(rules)
-    chosen = scaling.choose(calibrated, calibrated.weights(provider), _scale_of_site)
+    return scale_and_quantize(model, batches, rules, variables=variables, n_grid=n_grid).model
+
+
+def scale_and_quantize(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_grid: int = 0
+) -> scaling.Quantized:
+    """`quantize`, with the smoothed float model that was quantized."""
+    calibrated, chosen, provider = _calibrated(model, batches, rules, variables, n_grid)
     return scaling.quantize(calibrated, chosen, provider, lambda context, w, _: qarray.quantize(w, context.how))
 
 
-def _scale_of_site(members: Sequence[scaling.Member]) -> jax.Array:
-    """Equation 4 with the largest weight of each feature over all matrices."""
+def _calibrated(model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any, n_grid: int) -> Any:
+    calibrated = scaling.calibrate(model, batches, SqCalibrationProvider(rules), variables)
+    provider = SqInferenceProvider(rules)
+    scale_of = _scale_of_site if n_grid == 0 else _searching(calibrated, rules, n_grid)
+    return calibrated, scaling.choose(calibrated, calibrated.weights(provider), scale_of), provider
+
+
+def _scale_of_site(members: Sequence[scaling.Member], alpha: Any = None) -> jax.Array:
+    """Equation 4 with the largest weight of each feature over all matrices; with several alphas, (alphas, features)."""
     weights = [m.to_site(_positive(jnp.max(jnp.abs(m.context.weight), 0))) for m in members]
     largest = jnp.stack(weights).max(0)
     stats = members[0].context.calibration_stats
     act = members[0].to_site(_positive(stats["act_absmax"]))
     # A feature that is always 0 has nothing to balance.
     empty = (act <= _TINY) | (largest <= _TINY)
-    return jnp.where(empty, 1, compute_scales_ratio(act, largest, stats["alpha"][0]))
+    return jnp.where(empty, 1, compute_scales_ratio(act, largest, stats["alpha"][0] if alpha is None else alpha))
 
 
 _TINY = 1e-20
@@ -268,3 +285,102 @@ _TINY = 1e-20
 
 def _positive(x: jax.Array) -> jax.Array:
     return jnp.maximum(x.astype(jnp.float32), _TINY)
+
+
+# --- searching alpha
+
+
+class _SampleProvider(SqCalibrationProvider):
+    """Keeps some of the activations of one call, and which rule each weight is under."""
+
+    def __init__(self, rules: Sequence[Any]):
+        super().__init__(rules)
+        self.rule_of: dict[str, SqRule] = {}
+
+    def compute_stats(self, lhs: jax.Array) -> dict[str, Any]:
+        return {calibration.SAMPLES: lhs[:, :: max(lhs.shape[1] // _MAX_SAMPLES, 1)].astype(jnp.float32)}
+
+    def _observe(self, rule: qconfig.QuantizationRule | None, op_id: str | None, find_uses: Any) -> None:
+        self._rule = rule
+        super()._observe(rule, op_id, find_uses)
+
+    def _collect(self, features: Any, op_id: str) -> None:
+        assert isinstance(self._rule, SqRule)
+        self.rule_of[features.ref.path] = self._rule
+        super()._collect(features, op_id)
+
+
+# How many samples are enough to choose an alpha.
+_MAX_SAMPLES = 128
+
+
+def _searching(
+    calibrated: scaling.Calibrated, rules: Sequence[Any], n_grid: int
+) -> Callable[[Sequence[scaling.Member]], jax.Array]:
+    """`_scale_of_site` with the alpha of the smallest error; runs the first batch once more."""
+    provider = _SampleProvider(rules)
+    args, kwargs = calibrated.inputs
+    stats, _ = observing.observe(calibrated.model, [kwargs or args], provider, calibrated.variables)
+    sampled = dataclasses.replace(calibrated, stats=stats).weights(SqInferenceProvider(rules))
+    layer: dict[folding.Path, int] = {}
+
+    def scale_of(members: Sequence[scaling.Member]) -> jax.Array:
+        candidates = _scale_of_site(members, jnp.linspace(0, 1, n_grid)[:, None])
+        total = jnp.zeros(n_grid)
+        for m in members:
+            i = layer[m.path] = layer.get(m.path, -1) + 1
+            x = sampled[m.path][i].calibration_stats[calibration.SAMPLES]
+            act = _how_of_activations(provider.rule_of["/".join(map(str, m.path))], m.context.how)
+            total += output_errors(m.context.weight, x, m.to_columns(candidates), m.context.how, act)
+        return candidates[jnp.argmin(total)]
+
+    return scale_of
+
+
+def _how_of_activations(rule: SqRule, weight: qarray.HowToQuantize) -> qarray.HowToQuantize | None:
+    """How activations (in, samples) are quantized: each sample by itself, or all alike if the scale is static."""
+    if rule.act_qtype is None:
+        return None
+    return qarray.HowToQuantize(
+        qtype=rule.act_qtype,
+        channelwise_axes=() if rule.act_static_scale else (1,),
+        tiled_axes={0: weight.tiled_axes[1]} if 1 in weight.tiled_axes else {},
+        calibration_method=rule.act_calibration_method or "absmax",
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("how", "act_how"))
+def output_errors(
+    w: jax.Array,
+    x: jax.Array,
+    scales: jax.Array,
+    how: qarray.HowToQuantize,
+    act_how: qarray.HowToQuantize | None,
+) -> jax.Array:
+    """||Q(W diag(s)) Q(diag(s)^-1 X) - W X||^2 for several choices of s, on some of the rows of a large W.
+
+    Args:
+      w: (out, in).
+      x: (in, samples).
+      scales: (choices, in).
+      how, act_how: how the two are quantized; None: not at all.
+
+    Returns:
+      float32 (choices,).
+
+    >>> how = qarray.HowToQuantize(qtype="int8", channelwise_axes=(0,))
+    >>> w, x = jnp.array([[1.0, 0.005]]), jnp.array([[1.0], [100.0]])
+    >>> errors = output_errors(w, x, jnp.array([[1.0, 1.0], [1.0, 100.0]]), how, None)
+    >>> bool(errors[1] < errors[0])
+    True
+    """
+    w = awq_core.some_rows(w, awq_core.MAX_ROWS).astype(jnp.float32)
+    exact = w @ x
+
+    def error(s: jax.Array) -> jax.Array:
+        inputs = x / s[:, None]
+        if act_how is not None:
+            inputs = awq_core.round_trip(inputs, act_how)
+        return jnp.sum((awq_core.round_trip(w * s, how) @ inputs - exact) ** 2)
+
+    return jax.lax.map(error, scales)

@@ -103,7 +103,7 @@ def test_one_grid_point_is_round_to_nearest(qtype, tiled_axes):
 def test_the_searched_error_is_that_of_the_result(qtype, method):
     w, a = problem(2)
     how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=(0,), tiled_axes={1: 8}, calibration_method=method)
-    round_trip = awq_core._round_trip(jnp.asarray(w), how)
+    round_trip = awq_core.round_trip(jnp.asarray(w), how)
     np.testing.assert_allclose(round_trip, qarray.dequantize(qarray.quantize(jnp.asarray(w), how)), rtol=1e-6)
     errors = []
     for n_grid in (1, 20):
