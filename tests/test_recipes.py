@@ -10,6 +10,7 @@ from flax import nnx
 
 import qwix
 from qwix import applying, methods, recipes
+from qwix.contrib import input_scale
 from qwix.models import bert, quantized
 from qwix.recipes import Recipe, RecipeError
 
@@ -80,9 +81,11 @@ def test_presets_quantize_the_weights_and_little_else(model, applied, name):
     assert table.bytes_after == 50 * 128 + 50 * 4
     assert 0 < table.relative_error < 0.01
     per_output = 4 if BITS[name] == 8 else 0  # A float32 scale for each output channel.
-    per_input = 4 if name.startswith(("awq-int", "smooth")) else 0  # And what each input is divided by.
-    for weight in (down, up):
+    for weight, layer in ((down, result.down), (up, result.up)):
         n_in, n_out = weight.shape
+        # And what each input is divided by, where nothing before it takes that; the norm before `down` does.
+        per_input = 4 if isinstance(layer.kernel, input_scale.WithInputScale) else 0
+        assert not (per_input and weight is down)
         assert weight.bytes_before == 4 * n_in * n_out
         assert weight.bytes_after == n_in * n_out * BITS[name] / 8 + per_output * n_out + per_input * n_in
         assert 0 < weight.relative_error < bound(name)

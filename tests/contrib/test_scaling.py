@@ -89,6 +89,22 @@ def test_smoothing_scales_in_numpy(block):
     np.testing.assert_allclose(ratio, np.broadcast_to(expected[:, None], ratio.shape), rtol=1e-3)
 
 
+def test_searched_alphas_make_the_smallest_error(block):
+    """Of the candidates, on the layer whose samples are those of the one batch; against NumPy's idea of the error."""
+    (x,) = batches(1)
+    found = smooth_quant.quantize(block, [x], SQ, n_grid=5).first.kernel.value.inv_sq_scale
+    w, act = np.asarray(block.first.kernel[...], np.float64), np.asarray(x, np.float64)
+    nearest = lambda a, axis: (  # noqa: E731
+        lambda s: np.clip(np.round(a / s), -128, 127) * s
+    )(np.abs(a).max(axis, keepdims=True) / 127.5)
+    candidates, errors = [], []
+    for alpha in np.linspace(0, 1, 5):
+        s = np.abs(act).max(0) ** alpha / np.abs(w).max(1) ** (1 - alpha)
+        candidates.append(s)
+        errors.append(np.linalg.norm(nearest(act / s, 1) @ nearest(w * s[:, None], 0) - act @ w))
+    np.testing.assert_allclose(1 / found, candidates[int(np.argmin(errors))], rtol=1e-3)
+
+
 def test_one_grid_point_without_clipping_is_round_to_nearest(block):
     rules = [awq.AwqRule(weight_qtype="int4", tile_size=32, n_grid=1)]
     quantized = awq.quantize(block, batches(1), rules, n_clip=0)
