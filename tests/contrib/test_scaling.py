@@ -94,9 +94,11 @@ def test_searched_alphas_make_the_smallest_error(block):
     (x,) = batches(1)
     found = smooth_quant.quantize(block, [x], SQ, n_grid=5).first.kernel.value.inv_sq_scale
     w, act = np.asarray(block.first.kernel[...], np.float64), np.asarray(x, np.float64)
-    nearest = lambda a, axis: (  # noqa: E731
-        lambda s: np.clip(np.round(a / s), -128, 127) * s
-    )(np.abs(a).max(axis, keepdims=True) / 127.5)
+
+    def nearest(a: Any, axis: int) -> Any:
+        scale = np.abs(a).max(axis, keepdims=True) / 127.5
+        return np.clip(np.round(a / scale), -128, 127) * scale
+
     candidates, errors = [], []
     for alpha in np.linspace(0, 1, 5):
         s = np.abs(act).max(0) ** alpha / np.abs(w).max(1) ** (1 - alpha)
