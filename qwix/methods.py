@@ -298,6 +298,7 @@ def _gptq(
     act_order: bool = True,
     scale_search: int = 20,
     sequential: bool = True,
+    keep_zeros: bool = True,
 ) -> Any:
     from qwix.contrib import gptq
 
@@ -311,6 +312,7 @@ def _gptq(
         percdamp=damping,
         act_order=act_order,
         scale_search=scale_search,
+        keep_zeros=keep_zeros,
     )
     return job.finished(result.model, result.params)
 
@@ -368,6 +370,27 @@ def _awq_scale(job: Job, *, n_grid: int = 20) -> Any:
 
     rules = [dataclasses.replace(rule, n_grid=n_grid) for rule in job.rules(awq.AwqRule)]
     return job.prepared(*awq.smooth(job.float_module, job.raw_batches(), rules, variables=job.variables))
+
+
+def _prune(job: Job, prune: Callable[..., Any], n: int, m: int, prune_rate: float) -> Any:
+    from qwix.contrib import pruning
+
+    rules = [dataclasses.replace(r, n=n, m=m, prune_rate=prune_rate) for r in job.rules(pruning.PruningRule)]
+    return job.prepared(prune(job.float_module, rules, job.raw_batches(), variables=job.variables), {})
+
+
+@method("wanda", quantizes=False, needs_data=True, structure="")
+def _wanda(job: Job, *, n: int = 2, m: int = 4, prune_rate: float = 0.5) -> Any:
+    from qwix.contrib import wanda
+
+    return _prune(job, wanda.prune, n, m, prune_rate)
+
+
+@method("sparsegpt", quantizes=False, needs_data=True, structure="")
+def _sparsegpt(job: Job, *, n: int = 2, m: int = 4, prune_rate: float = 0.5) -> Any:
+    from qwix.contrib import sparsegpt
+
+    return _prune(job, sparsegpt.prune, n, m, prune_rate)
 
 
 @method("rotate", quantizes=False)

@@ -100,6 +100,7 @@ def quantize_weight(
     *,
     act_order: bool = False,
     scale_search: int = 0,
+    keep_zeros: bool = False,
     name: str = "H",
 ) -> tuple[qarray.QArray, jax.Array]:
     """Quantizes a weight by GPTQ.
@@ -116,6 +117,7 @@ def quantize_weight(
         group's columns are no longer neighbours in time; they stay neighbours in the result.
       scale_search: number of ranges that are tried for each scale, from the one that `how` finds down to half of it.
         The one with the smallest error, each column weighted with its diagonal of H, is kept. 0: the first.
+      keep_zeros: elements of W that are 0, those of a pruned weight, stay 0, and the others make up for their errors.
       name: of the weight, for messages.
 
     Returns:
@@ -137,7 +139,7 @@ def quantize_weight(
         raise ValueError(f"GPTQ scales rows (axis 0) and groups of columns (axis 1 tiled), got {how}")
     qarray.get_scale_shape(W.shape, how)  # raises where a tile does not divide
     V, damping = inverse_factor(H, act_order, jnp.float32(percdamp))
-    q, losses = _gptq(W, H, V, how, blocksize, act_order, scale_search)
+    q, losses = _gptq(W, H, V, how, blocksize, act_order, scale_search, keep_zeros)
     if not isinstance(damping, jax.core.Tracer) and damping > percdamp * 1.5:
         warnings.warn(
             f"{name} has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other "
@@ -186,7 +188,7 @@ def _order(diagonal: jax.Array) -> jax.Array:
     return jnp.argsort(-jnp.where(diagonal == 0, 1.0, diagonal))
 
 
-@functools.partial(jax.jit, static_argnames=("how", "blocksize", "act_order", "scale_search"))
+@functools.partial(jax.jit, static_argnames=("how", "blocksize", "act_order", "scale_search", "keep_zeros"))
 def _gptq(
     W: jax.Array,
     H: jax.Array,
@@ -195,6 +197,7 @@ def _gptq(
     blocksize: int,
     act_order: bool,
     scale_search: int,
+    keep_zeros: bool,
 ) -> tuple[qarray.QArray, jax.Array]:
     rows, columns = W.shape
     groups = qarray.get_scale_shape(W.shape, how)[1]
@@ -222,13 +225,14 @@ def _gptq(
     blocks = -(-columns // size)
     padding = blocks * size - columns
     Wt = jnp.pad(Wt, ((0, padding), (0, 0))).reshape(blocks, size, rows)
+    kept = Wt != 0 if keep_zeros else None
     weights = jnp.pad(weights, (0, padding)).reshape(blocks, size)
     V = jnp.pad(V, ((0, padding), (0, padding)))
     V = V + jnp.diag((jnp.arange(blocks * size) >= columns).astype(jnp.float32))
     group_of = jnp.pad(order // group, (0, padding)).reshape(blocks, size)
 
     def block_step(errors, x):
-        b, tile, weights, group_of = x
+        b, tile, kept, weights, group_of = x
         start = b * size
 
         def catch_up(i, tile):  # with the columns of block i
@@ -249,13 +253,14 @@ def _gptq(
             elif groups > 1:
                 ours = jax.tree.map(lambda p: p[lax.dynamic_slice_in_dim(group_of, at, run, 0), 0], params)
             part = lax.dynamic_slice_in_dim(tile, at, run, 0)
+            stays = None if kept is None else lax.dynamic_slice_in_dim(kept, at, run, 0)
             square = lax.dynamic_slice(factors, (at, at), (run, run))
             codes: list[jax.Array] = []
             found: list[jax.Array] = []
             for j in range(run):  # each catches up with those of the run before it
                 w = part[j] - sum(square[j, i] * error for i, error in enumerate(found))
                 mine = jax.tree.map(lambda p, j=j: p[j] if known and groups > 1 else p[0, 0], ours)
-                code, value = _round(w, how.qtype, *mine)
+                code, value = _round(w if stays is None else jnp.where(stays[j], w, 0), how.qtype, *mine)
                 codes.append(code)
                 found.append((w - value) / square[j, j])
             errors = jnp.stack(found)
@@ -276,7 +281,7 @@ def _gptq(
         return errors, (codes.reshape(size, rows), ours)
 
     errors = jnp.zeros((blocks * size, rows), jnp.float32)
-    errors, (codes, found) = lax.scan(block_step, errors, (jnp.arange(blocks), Wt, weights, group_of))
+    errors, (codes, found) = lax.scan(block_step, errors, (jnp.arange(blocks), Wt, kept, weights, group_of))
     codes = codes.reshape(blocks * size, rows)[:columns]
     losses = errors[:columns] ** 2
     if not known:

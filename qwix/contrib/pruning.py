@@ -4,20 +4,18 @@ A method prunes a weight laid out as (out, in), comparing along its input featur
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 
-from qwix._src import model as model_lib
 from qwix._src import qconfig
 from qwix._src.core import qarray, sparsity
 from qwix._src.providers import ptq
-from qwix._src.utils import flax_util
-from qwix.contrib import calibration
+from qwix.contrib import calibration, observing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,35 +100,28 @@ def _pruned(path: Any, weight: jax.Array, target: ptq.WithAux, stat: Mapping[str
     return context.restore_shape(pruned).reshape(weight.shape).astype(weight.dtype)
 
 
-def observe(
-    model: nnx.Module, provider: calibration.CalibrationProvider, batches: Iterable[Any]
-) -> tuple[dict[Any, Any], tuple[Any, ...]]:
-    """Statistics of an NNX model over batches (arrays, or tuples of arguments), and the first batch's arguments."""
-    arguments = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
-    first = next(arguments, None)
-    if first is None:
-        raise ValueError("there is no batch to calibrate with")
-    observed = model_lib.quantize_model(model, provider, *first)
-    call = nnx.jit(lambda model, args: model(*args))
-    for args in itertools.chain([first], arguments):
-        call(observed, args)
-    return nnx.to_pure_dict(nnx.state(observed, flax_util.QuantStat)), first
-
-
 def prune_model(
-    model: nnx.Module,
+    model: nn.Module | nnx.Module,
     rules: Sequence[PruningRule],
     batches: Iterable[Any],
     provider: calibration.SinglePassCalibrationProvider,
     prune_weight: Callable[[PruningRule], Callable[..., jax.Array]],
-) -> nnx.Module:
-    """A copy of an NNX model with the weights under each rule pruned, in float."""
-    stats, first = observe(model, provider, batches)
-    pruned = nnx.clone(model)
-    layout = nnx.eval_shape(lambda: model_lib.quantize_model(model, ptq.PtqProvider(rules), *first))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    suffix = provider.get_stats_suffix()
-    if len({(rule.n, rule.m, rule.prune_rate) for rule in rules}) > 1:
+    variables: Any = None,
+) -> Any:
+    """A copy of an NNX model (in Linen its variables) with the weights under each rule pruned, in float."""
+    rules = list(rules)
+    alike = {(r.n, r.m, r.prune_rate): r for r in rules if isinstance(r, PruningRule) and r.weight_qtype is not None}
+    if not alike:
+        raise ValueError("no rule prunes: PruningRule(...) for the weights that are to be pruned")
+    if len(alike) > 1:
         raise ValueError("all rules of one call prune alike: prune once for each n, m and prune_rate")
-    nnx.update(pruned, prune_params(params, layout, stats, suffix, prune_weight(rules[0])))
-    return pruned
+    stats, first = observing.observe(model, batches, provider, variables)
+    layout = observing.abstract_params(model, ptq.PtqProvider(rules), first)
+    params = observing.params_of(model, variables)
+    (rule,) = alike.values()
+    pruned = prune_params(params, layout, stats, provider.get_stats_suffix(), prune_weight(rule))
+    if isinstance(model, nn.Module):
+        return {**variables, "params": pruned}
+    model = nnx.clone(model)
+    nnx.update(model, pruned)
+    return model

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 from jax import lax
 
@@ -201,8 +202,10 @@ def quantize_params(
     )
 
 
-def prune(model: nnx.Module, rules: Sequence[PruningRule], batches: Iterable[Any]) -> nnx.Module:
-    """A pruned copy of a float NNX model; see `wanda.prune`.
+def prune(
+    model: nn.Module | nnx.Module, rules: Sequence[PruningRule], batches: Iterable[Any], *, variables: Any = None
+) -> Any:
+    """A pruned copy of a float NNX model, or the variables of a Linen one; see `wanda.prune`.
 
     >>> layer, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (16, 8))
     >>> int((prune(layer, [PruningRule(n=2, m=4)], [x]).kernel.get_value() == 0).sum())
@@ -212,4 +215,4 @@ def prune(model: nnx.Module, rules: Sequence[PruningRule], batches: Iterable[Any
     def of_rule(rule: PruningRule) -> Any:
         return lambda w, stats: prune_weight(w, stats["hessian"], n=rule.n, m=rule.m, prune_rate=rule.prune_rate)[0]
 
-    return pruning.prune_model(model, rules, batches, SparseGptCalibrationProvider(rules), of_rule)
+    return pruning.prune_model(model, rules, batches, SparseGptCalibrationProvider(rules), of_rule, variables)

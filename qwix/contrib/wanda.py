@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 
 from qwix._src import qconfig
@@ -70,13 +71,16 @@ def prune_params(
     return pruning.prune_params(params, abstract_quantized_params, wanda_quant_stats, "_wanda", of_weight)
 
 
-def prune(model: nnx.Module, rules: Sequence[PruningRule], batches: Iterable[Any]) -> nnx.Module:
-    """A pruned copy of a float NNX model.
+def prune(
+    model: nn.Module | nnx.Module, rules: Sequence[PruningRule], batches: Iterable[Any], *, variables: Any = None
+) -> Any:
+    """A pruned copy of a float NNX model; of a Linen model its variables, pruned.
 
     Args:
       model: it is not changed.
       rules: which weights, and how; all alike.
-      batches: what the model is called with, arrays or tuples of arguments; consumed once.
+      batches: what the model is called with: arrays, tuples of arguments, dictionaries of keyword arguments; read once.
+      variables: Linen only.
 
     >>> layer, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
     >>> int((prune(layer, [PruningRule(n=2, m=4)], [x]).kernel.get_value() == 0).sum())
@@ -88,4 +92,4 @@ def prune(model: nnx.Module, rules: Sequence[PruningRule], batches: Iterable[Any
             w, jnp.sqrt(stats["square"]), n=rule.n, m=rule.m, prune_rate=rule.prune_rate
         )
 
-    return pruning.prune_model(model, rules, batches, WandaCalibrationProvider(rules), of_rule)
+    return pruning.prune_model(model, rules, batches, WandaCalibrationProvider(rules), of_rule, variables)

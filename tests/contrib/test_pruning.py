@@ -3,12 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import qwix
+from qwix import recipes
 from qwix._src.core import qarray
 from qwix._src.providers import ptq
-from qwix.contrib import gptq_core, pruning, rotation, sparsegpt, wanda
+from qwix.contrib import gptq_core, observing, pruning, rotation, sparsegpt, wanda
 from qwix.contrib.pruning import PruningRule
 
 
@@ -121,7 +123,7 @@ def test_quantized_jointly_and_after_rotation(layer):
     model, x = layer
     for float_model in (model, rotation.rotate(model, x)):
         rules = [PruningRule(weight_qtype="int4")]
-        stats, (first,) = pruning.observe(float_model, sparsegpt.SparseGptCalibrationProvider(rules), [x])
+        stats, ((first,), _) = observing.observe(float_model, [x], sparsegpt.SparseGptCalibrationProvider(rules))
         quantized = qwix.quantize_model(float_model, ptq.PtqProvider(rules), first)
         params = nnx.to_pure_dict(nnx.state(float_model, nnx.Param))
         nnx.update(quantized, sparsegpt.quantize_params(params, quantized, stats))
@@ -133,7 +135,7 @@ def test_quantized_jointly_and_after_rotation(layer):
 
 def test_errors(layer):
     model, x = layer
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="no calibration batch"):
         wanda.prune(model, [PruningRule()], [])
     with pytest.raises(ValueError, match="all rules of one call"):
         wanda.prune(model, [PruningRule(module_path="a"), PruningRule(n=1)], [x])
@@ -141,3 +143,33 @@ def test_errors(layer):
         wanda.prune_params({}, model, {})
     with pytest.raises(ValueError, match="m must divide"):
         sparsegpt.prune_weight(jnp.ones((2, 6)), jnp.eye(6))
+
+
+class LinenMlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="down")(nn.relu(nn.Dense(16, name="up")(x)))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+
+@pytest.mark.parametrize(("prune", "then"), [("wanda", "round-to-nearest"), ("sparsegpt", "gptq")])
+def test_recipe_stages(layer, prune, then):
+    """Two of four weights are zero after quantization too, in NNX as in Linen."""
+    x = layer[1]
+    recipe = recipes.Recipe(prune, [{"weight_qtype": "int8"}], [prune, then])
+    model = Mlp(nnx.Rngs(0))
+    quantized, _ = qwix.apply_recipe(model, recipe, x, calibration=[x[:32], x[32:]])
+    variables = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+    twin, _ = qwix.apply_recipe(LinenMlp(), recipe, x, variables=variables, calibration=[x[:32], x[32:]])
+    np.testing.assert_allclose(quantized(x), twin(x), rtol=1e-4, atol=1e-5)
+    for side in (quantized.up, quantized.down):
+        codes = np.asarray(side.kernel.array.qvalue).T
+        assert np.all((codes.reshape(len(codes), 4, 4) != 0).sum(-1) <= 2)
+        assert np.mean(codes == 0) < 0.6
