@@ -133,9 +133,8 @@ def matmul(
     none = np.zeros((0,), np.float32)
     rows = x.shape[0]
     padded_k = x.shape[1] // tile * (-(-tile // 8) * 8)
-    # The rows of x as the kernels want them (`row_bytes` in csrc/kernels.h): floats, or a header and codes of up to 2
-    # bytes, in whole cache lines; and two numbers for each tile.
-    row_bytes = padded_k * (4 if mode == FLOAT else 2) + 136 + x.shape[1] // tile * 8
+    # The rows of x as the kernels want them: floats, or codes of up to 2 bytes; and two numbers for each tile.
+    row_bytes = padded_k * (4 if mode == FLOAT else 2) + x.shape[1] // tile * 8
     as_it_is = mode == FLOAT and x.dtype == np.float32 and padded_k == x.shape[1] and zeros is None
     call = jax.ffi.ffi_call(
         TARGET,

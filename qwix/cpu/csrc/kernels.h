@@ -113,69 +113,10 @@ float dynamic_scale(const Job& job, float absmax) {
   return is_bf16 ? to_f32(to_bf16(scale)) : scale;
 }
 
-// How `prepare_codes` lays out a row of codes of a format that `limits_pairs`: Header, codes, and what the header says.
-struct Header {
-  int32_t count;   // of Excess after the codes; kWidened: the codes are those of `Simd::Widened`
-  int32_t unused;
-};
-constexpr int32_t kWidened = -1;
-
-// What was taken off the codes of a group of 4 k, so that no pair of them saturates.
-struct Excess {
-  int32_t group;
-  int8_t codes[4];
-};
-
-constexpr bool limits_pairs(Format f) { return is_wide(f) && Simd::Dot<true>::kLimitsPairs; }
-
-char* codes_of(const Job& job, int64_t row) {
-  return job.rows + row * job.row_stride + (limits_pairs(job.format) ? static_cast<int64_t>(sizeof(Header)) : 0);
-}
-
-Header* header_of(const Job& job, int64_t row) { return reinterpret_cast<Header*>(job.rows + row * job.row_stride); }
-
-Excess* excess_of(const Job& job, int64_t row) { return reinterpret_cast<Excess*>(codes_of(job, row) + job.padded_k()); }
-
-// vpmaddubsw sums two products in 16 bits, and saturates. With codes of 8 bits it does not where two activations, at
-// 2 i and 2 i + 1, sum to at most 128 in magnitude, as 255 * 128 < 2^15; of normally distributed ones, that a scale maps
-// to 127, all but one in two hundred do. Where they do not, a half goes to a list that is multiplied apart; a
-// row with too many such pairs is widened to 16 bits, and multiplied by a slower instruction.
-template <class Layer>
-void limit_pairs(const Job& job, int64_t row) {
-  int8_t* codes = reinterpret_cast<int8_t*>(codes_of(job, row));
-  Excess* list = excess_of(job, row);
-  const int64_t groups = job.padded_k() / 4, most = groups / 8;
-  auto exceeds = [](const int8_t* pair) { return static_cast<unsigned>(pair[0] + pair[1] + 128) > 256u; };
-  int64_t count = 0;
-  for (int64_t begin = 0; begin < groups && count <= most; begin += 16) {
-    const int64_t end = std::min(groups, begin + 16);
-    int any = 0;
-    for (int64_t i = 2 * begin; i < 2 * end; ++i) any |= exceeds(codes + 2 * i);
-    if (!any) continue;
-    for (int64_t g = begin; g < end; ++g) {
-      int8_t* group = codes + 4 * g;
-      if (!exceeds(group) && !exceeds(group + 2)) continue;
-      if (count++ == most) break;
-      Excess& excess = list[count - 1];
-      excess.group = static_cast<int32_t>(g);
-      for (int j = 0; j < 4; ++j) {
-        const int8_t kept = std::clamp<int8_t>(group[j], -64, 64);
-        excess.codes[j] = static_cast<int8_t>(group[j] - kept);
-        group[j] = kept;
-      }
-    }
-  }
-  header_of(job, row)->count = count > most ? kWidened : static_cast<int32_t>(count);
-  if (count <= most) return;
-  for (int64_t i = 0; i < most; ++i) {
-    for (int j = 0; j < 4; ++j) codes[4 * list[i].group + j] += list[i].codes[j];
-  }
-  // From the end, as they grow in place.
-  for (int64_t g = groups - 1; g >= 0; --g) Layer::Widened::store_group(codes + 8 * g, codes + 4 * g);
-}
-
+template <bool kWide>
 void prepare_codes(const Job& job, int64_t row) {
-  char* out = codes_of(job, row);
+  constexpr int64_t kSize = kWide ? 2 : 1;
+  char* out = job.rows + row * job.row_stride;
   for (int64_t t = 0; t < job.tiles; ++t) {
     const int64_t k = t * job.tile;
     float scale, inverse = 0;
@@ -203,18 +144,17 @@ void prepare_codes(const Job& job, int64_t row) {
       sum = Simd::iadd(sum, codes);
       const int64_t left = job.padded_tile - i;
       if (left >= 16) {
-        Simd::store_codes(out, codes);
+        Simd::store_codes<kWide>(out, codes);
       } else {  // tiles are multiples of 8
-        char both[16];
-        Simd::store_codes(both, codes);
-        std::memcpy(out, both, left);
+        char both[16 * kSize];
+        Simd::store_codes<kWide>(both, codes);
+        std::memcpy(out, both, left * kSize);
       }
-      out += std::min<int64_t>(16, left);
+      out += std::min<int64_t>(16, left) * kSize;
     }
     job.row_scale[row * job.tiles + t] = scale;
     job.row_sum[row * job.tiles + t] = total(sum);
   }
-  if (limits_pairs(job.format)) limit_pairs<Simd>(job, row);
 }
 
 void prepare_floats(const Job& job, int64_t row) {
@@ -237,20 +177,22 @@ void prepare_floats(const Job& job, int64_t row) {
   }
 }
 
+bool wide_rows(const Job& job) {
+  return is_wide(job.format) ? Simd::Dot<true>::kWideActs : Simd::Dot<false>::kWideActs;
+}
+
 int64_t row_bytes(const Job& job) {
-  const int64_t k = job.padded_k();
-  if (!job.integer()) return k * static_cast<int64_t>(sizeof(float));
-  if (!limits_pairs(job.format)) return k;
-  // An odd number of cache lines: rows at a distance of a power of two would compete for a few sets of the cache.
-  return ((2 * k + static_cast<int64_t>(sizeof(Header)) + 63) / 64 | 1) * 64;
+  return job.padded_k() * (!job.integer() ? 4 : wide_rows(job) ? 2 : 1);
 }
 
 void prepare(const Job& job, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (job.integer()) {
-      prepare_codes(job, row);
-    } else {
+    if (!job.integer()) {
       prepare_floats(job, row);
+    } else if (wide_rows(job)) {
+      prepare_codes<true>(job, row);
+    } else {
+      prepare_codes<false>(job, row);
     }
   }
 }
@@ -314,36 +256,26 @@ struct Waiting {
   int32_t ints[16];
 };
 
-template <Format kFormat, class Dot, int kRows>
+template <Format kFormat, int kRows>
 void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, Waiting* waiting) {
+  using Dot = Simd::Dot<is_wide(kFormat)>;
+  constexpr int64_t kGroup = Dot::kWideActs ? 8 : 4;  // bytes of 4 activations
   constexpr int64_t kGroups = step_k(kFormat) / 4;
   constexpr int64_t kFlush = Dot::kFlushGroups / kGroups / (kFormat == kE2M1 ? 2 : 1);
   const int64_t steps = job.steps_of_tile();
-  const uint8_t* const block_codes = job.codes + block * job.block_bytes();
   Floats out[kRows];
-  const Excess *excess[kRows], *excess_end[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
-    if constexpr (Dot::kLimitsPairs) {
-      const Excess* list = excess_of(job, row + r);
-      excess_end[r] = list + header_of(job, row + r)->count;
-      excess[r] = part.first ? list
-                             : std::partition_point(list, excess_end[r], [&](const Excess& e) {
-                                 return e.group < part.tile * steps + part.step;
-                               });
-    }
-  }
+  for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     const int64_t at = t * steps + part.step;
-    const uint8_t* codes = block_codes + at * kStepBytes;
-    const char* act = codes_of(job, row) + at * kGroups * Dot::kGroupBytes;
+    const uint8_t* codes = job.codes + block * job.block_bytes() + at * kStepBytes;
+    const char* act = job.rows + row * job.row_stride + at * kGroups * kGroup;
     Ints sums[kRows];
     for (int r = 0; r < kRows; ++r) sums[r] = part.step == 0 ? Simd::iset(0) : Simd::iload(waiting[r].ints);
     for (int64_t s = part.step; s < part.step_end;) {
       const int64_t end = std::min(part.step_end, s + kFlush);
       typename Dot::Partial partial[kRows];
       for (int r = 0; r < kRows; ++r) partial[r] = Dot::zero();
-      for (; s < end; ++s, codes += kStepBytes, act += kGroups * Dot::kGroupBytes) {
+      for (; s < end; ++s, codes += kStepBytes, act += kGroups * kGroup) {
         const Bytes loaded = Simd::load_bytes(codes);
         if constexpr (is_nibble(kFormat)) {
           Bytes low = Simd::low_nibbles(loaded), high = Simd::high_nibbles(loaded);
@@ -352,22 +284,12 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
             high = Simd::lookup(kE2M1Codes, high);
           }
           for (int r = 0; r < kRows; ++r) Dot::add(partial[r], low, act + r * job.row_stride);
-          for (int r = 0; r < kRows; ++r) Dot::add(partial[r], high, act + r * job.row_stride + Dot::kGroupBytes);
+          for (int r = 0; r < kRows; ++r) Dot::add(partial[r], high, act + r * job.row_stride + kGroup);
         } else {
           for (int r = 0; r < kRows; ++r) Dot::add(partial[r], loaded, act + r * job.row_stride);
         }
       }
       for (int r = 0; r < kRows; ++r) sums[r] = Simd::iadd(sums[r], Dot::sums(partial[r]));
-    }
-    if constexpr (Dot::kLimitsPairs) {
-      for (int r = 0; r < kRows; ++r) {
-        for (; excess[r] != excess_end[r] && excess[r]->group < at + part.step_end - part.step; ++excess[r]) {
-          typename Dot::Partial partial = Dot::zero();
-          Dot::add(partial, Simd::load_bytes(block_codes + excess[r]->group * kStepBytes),
-                   reinterpret_cast<const char*>(excess[r]->codes));
-          sums[r] = Simd::iadd(sums[r], Dot::sums(partial));
-        }
-      }
     }
     if (part.step_end < steps) {
       for (int r = 0; r < kRows; ++r) Simd::istore(waiting[r].ints, sums[r]);
@@ -535,30 +457,6 @@ void by_rows(int64_t begin, int64_t end, Fn fn) {
   }
 }
 
-template <class T>
-struct Tag { using type = T; };
-
-// fn(Tag<Dot>, constant count, first row), as `by_rows`, for rows that are prepared for the same Dot.
-template <Format kFormat, class Fn>
-void by_integer_rows(const Job& job, int64_t begin, int64_t end, Fn fn) {
-  auto run = [&](auto dot, int64_t first, int64_t last) {
-    by_rows<Simd::kRows>(first, last, [&](auto count, int64_t row) { fn(dot, count, row); });
-  };
-  if constexpr (limits_pairs(kFormat)) {
-    for (int64_t row = begin, stop; row < end; row = stop) {
-      const bool widened = header_of(job, row)->count == kWidened;
-      for (stop = row + 1; stop < end && (header_of(job, stop)->count == kWidened) == widened;) ++stop;
-      if (widened) {
-        run(Tag<Simd::Widened>(), row, stop);
-      } else {
-        run(Tag<Simd::Dot<true>>(), row, stop);
-      }
-    }
-  } else {
-    run(Tag<Simd::Dot<is_wide(kFormat)>>(), begin, end);
-  }
-}
-
 template <Format kFormat>
 void multiply_format(const Job& job, int64_t block, int64_t block_end, int64_t begin, int64_t end, char* workspace) {
   Waiting* waiting = reinterpret_cast<Waiting*>(workspace);
@@ -569,9 +467,8 @@ void multiply_format(const Job& job, int64_t block, int64_t block_end, int64_t b
         // A few rows need no parts; for many, 16 KiB of codes stay in the first-level cache.
         const int64_t most = rows <= Simd::kRows ? INT64_MAX : 256;
         each_part(job, most, [&](const Part& part) {
-          by_integer_rows<kFormat>(job, begin, end, [&](auto dot, auto count, int64_t row) {
-            using Dot = typename decltype(dot)::type;
-            integer_rows<kFormat, Dot, decltype(count)::value>(job, block, row, part, waiting + (row - begin));
+          by_rows<Simd::kRows>(begin, end, [&](auto count, int64_t row) {
+            integer_rows<kFormat, decltype(count)::value>(job, block, row, part, waiting + (row - begin));
           });
         });
       }

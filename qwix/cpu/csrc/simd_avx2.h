@@ -77,11 +77,19 @@ struct Simd {
   static Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   static Ints round(Floats v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 
+  // 16 codes of an activation, as `Dot` wants them: int8, or (wide) int16 in the order 0 2 1 3 of each group.
+  template <bool kWide>
   static void store_codes(char* p, Ints v) {
     // packs works on halves of 128 bits: 0-3 8-11 | 4-7 12-15.
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    if constexpr (kWide) {
+      const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                             0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, order));
+    } else {
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
   }
 
   static Bytes load_bytes(const uint8_t* p) {
@@ -141,41 +149,19 @@ struct Simd {
     return {half(v.a), half(v.b)};
   }
 
+  // Sums of products of codes and activations. kWide: codes of 8 bits, else up to 24.
   template <bool kWide>
   struct Dot;
-  struct Widened;
 };
 
-// Of codes of 8 bits, with activations of which no pair makes vpmaddubsw saturate.
+// vpmaddubsw would saturate on codes of 8 bits, so that they are widened; no time is lost, as it would need a
+// second multiplication (vpmaddwd by ones), and this is one of two on half as many.
 template <>
 struct Simd::Dot<true> {
-  static constexpr int64_t kGroupBytes = 4;
-  static constexpr bool kLimitsPairs = true;
+  static constexpr bool kWideActs = true;
   static constexpr int64_t kFlushGroups = INT64_MAX / 8;
   using Partial = Ints;
   static Partial zero() { return iset(0); }
-  static void add(Partial& p, Bytes codes, const char* act) {
-    int32_t group;
-    std::memcpy(&group, act, 4);
-    const __m256i g = _mm256_set1_epi32(group), ones = _mm256_set1_epi16(1);
-    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, g), ones));
-    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, g), ones));
-  }
-  static Ints sums(Partial p) { return p; }
-};
-
-// Of codes of 8 bits, with any activations, in 16 bits: four instructions for 32 products instead of three.
-struct Simd::Widened {
-  static constexpr int64_t kGroupBytes = 8;
-  static constexpr bool kLimitsPairs = false;
-  static constexpr int64_t kFlushGroups = INT64_MAX / 8;
-  using Partial = Ints;
-  static Partial zero() { return iset(0); }
-  // In the order 0 2 1 3, as even and odd bytes of the codes are multiplied apart. The two may overlap.
-  static void store_group(void* p, const int8_t* codes) {
-    const int16_t words[4] = {codes[0], codes[2], codes[1], codes[3]};
-    std::memcpy(p, words, sizeof words);
-  }
   static void add(Partial& p, Bytes codes, const char* act) {
     int32_t even, odd;
     std::memcpy(&even, act, 4);
@@ -194,8 +180,7 @@ struct Simd::Widened {
 // those; of codes up to 24 they hold 5.
 template <>
 struct Simd::Dot<false> {
-  static constexpr int64_t kGroupBytes = 4;
-  static constexpr bool kLimitsPairs = false;
+  static constexpr bool kWideActs = false;
   static constexpr int64_t kFlushGroups = 8;
   struct Partial { __m256i a, b; };
   static Partial zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

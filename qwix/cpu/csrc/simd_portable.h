@@ -116,6 +116,7 @@ struct Simd {
   }
 
   // 16 codes of an activation as `Dot` reads them.
+  template <bool kWide>
   static void store_codes(char* p, Ints v) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<char>(static_cast<int8_t>(v.v[i]));
   }
@@ -169,17 +170,10 @@ struct Simd {
     });
   }
 
-  struct Widened {  // of no use here
-    static void store_group(void*, const int8_t*) {}
-  };
-
   // Sums of products of codes and activations, for each column. kWide: codes of 8 bits, else of fewer.
   template <bool kWide>
   struct Dot {
-    static constexpr int64_t kGroupBytes = 4;  // of the activations of a group
-    // Whether two activations of a group must not sum to more than 128 in magnitude, see `limit_pairs`; rows where too
-    // many do are multiplied by `Widened`.
-    static constexpr bool kLimitsPairs = false;
+    static constexpr bool kWideActs = false;  // what `store_codes` is called with
     // How many calls of `add` a Partial holds, for codes up to 15; half as many for those up to 24.
     static constexpr int64_t kFlushGroups = INT64_MAX / 8;
     using Partial = Ints;
