@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo test doctest format format-check lint types check bench sanitize test-lowest clean
 
 help:
-	@echo 'make demo          quantize a real model with ten recipes and print the table'
+	@echo 'make demo          quantize a real model with nine recipes and print the table'
 	@echo 'make test          run the tests'
 	@echo 'make doctest       run the examples in docstrings, README.md and docs/'
 	@echo 'make format        format the code and mend what the linter can mend'
