@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import qwix
-from qwix import applying, checkpoint, comparison, data, evaluation, recipes, report
+from qwix import applying, checkpoint, comparison, cpu, data, evaluation, recipes, report
 from qwix._src.utils.extras import import_extra
 from qwix.models import bert, generation, language_model, llama_weights, packages, quantized
 from qwix.version import __version__
@@ -172,7 +172,7 @@ def _optimized(model: Any) -> Any:
     """The model for the native kernels; itself if it has no weight that they read, which has been warned of then."""
     try:
         return qwix.optimize_for_inference(model)
-    except ValueError:
+    except cpu.NothingToPackError:
         return model
 
 

@@ -27,6 +27,8 @@ def _load() -> ctypes.CDLL | str:
     packaged = pathlib.Path(__file__).parent / build.library_name()
     if given := os.environ.get("QWIX_CPU_LIBRARY"):
         packaged = pathlib.Path(given).absolute()
+        if not packaged.is_file():
+            raise FileNotFoundError(f"QWIX_CPU_LIBRARY is {given!r}, and no such file is there: unset it, or build it")
     problem = ""
     if packaged.is_file():
         problem, library = _register(packaged)

@@ -13,6 +13,10 @@ from qwix._src.providers.with_aux import WithAux
 from qwix.cpu import native, packed
 
 
+class NothingToPackError(ValueError):
+    """A model has no quantized weight that the kernels read."""
+
+
 def optimize_for_inference(model: Any) -> Any:
     """A quantized model with its weights packed for the native CPU kernels; the model itself is left alone.
 
@@ -27,7 +31,7 @@ def optimize_for_inference(model: Any) -> Any:
       the weights are dropped, as the packed arrays have other axes.
 
     Raises:
-      ValueError: there is no quantized weight in it.
+      NothingToPackError: there is no quantized weight in it (a ValueError).
 
     Weights that no kernel reads (int16, AWQ's, padded ones, ...) stay as they are, which is warned of.
 
@@ -63,7 +67,7 @@ def optimize_for_inference(model: Any) -> Any:
         lines = "".join(f"\n  {path}: {why}" for path, why in kept.items())
         warnings.warn(f"These weights stay as they are, without native kernels:{lines}", qconfig.QuantizationWarning, 2)
     if not count:
-        raise ValueError(
+        raise NothingToPackError(
             "There is no quantized weight to pack: quantize the model with qwix.quantize_model first, and pass an NNX "
             "model or the variables of a Linen one."
         )

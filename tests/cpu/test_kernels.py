@@ -1,6 +1,10 @@
 """The native kernels, each instruction set of this CPU, against NumPy in float64."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -189,3 +193,11 @@ def test_shapes_that_do_not_fit_are_an_error() -> None:
     q = packed.pack(weight(np.random.default_rng(5), 16, 8, "int8", None, "absmax"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="shapes do not fit"):
         run(jnp.zeros((2, 24)), q.replace(layout=q.layout._replace(tile=24)), native.FLOAT, 0).block_until_ready()
+
+
+def test_a_library_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """And no silent use of another one: a test of a special build would say nothing."""
+    code = "from qwix.cpu import native; native.is_available()"
+    env = os.environ | {"QWIX_CPU_LIBRARY": str(tmp_path / "none.so")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode and "QWIX_CPU_LIBRARY is" in done.stderr
