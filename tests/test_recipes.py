@@ -312,6 +312,15 @@ def test_a_linen_model_becomes_what_its_nnx_twin_does(model, applied, name):
     assert params["up"]["kernel"].dtype == jnp.float32
 
 
+def test_alpha_is_searched_in_linen_as_in_nnx(model):
+    recipe = Recipe("searched", [{"weight_qtype": "int4"}], [{"method": "smooth-quant", "n_grid": 3}])
+    batches = [IDS + i for i in range(2)]
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    result, _ = qwix.apply_recipe(model, recipe, IDS, calibration=batches)
+    twin, _ = qwix.apply_recipe(LinenMlp(), recipe, IDS, variables={"params": params}, calibration=batches)
+    np.testing.assert_allclose(result(IDS), twin(IDS), rtol=1e-4, atol=1e-5)
+
+
 def test_linen_wants_variables_and_nnx_none(model):
     with pytest.raises(RecipeError, match="with its variables"):
         qwix.apply_recipe(LinenMlp(), "int8", IDS)

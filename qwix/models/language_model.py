@@ -32,6 +32,12 @@ class LanguageModel:
     stop: tuple[int, ...]
     chat_template: str | None
 
+    def take_model(self) -> Llama:
+        """The model, which this holds no longer: it goes from memory as soon as the caller lets it go."""
+        model = self.model
+        del self.model
+        return model
+
     def chat_prompt(self, text: str) -> list[int]:
         """The tokens of a conversation in which the user has said `text` and the model is next.
 

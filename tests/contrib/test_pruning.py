@@ -137,6 +137,8 @@ def test_errors(layer):
     model, x = layer
     with pytest.raises(ValueError, match="no calibration batch"):
         wanda.prune(model, [PruningRule()], [])
+    with pytest.raises(ValueError, match="no rule prunes"):
+        wanda.prune(model, [], [x])
     with pytest.raises(ValueError, match="all rules of one call"):
         wanda.prune(model, [PruningRule(module_path="a"), PruningRule(n=1)], [x])
     with pytest.raises(ValueError, match="no statistic named <weight>_wanda"):

@@ -218,7 +218,7 @@ def forward(
     for role, array, calibration in (("lhs", lhs, lhs_calibration), ("rhs", rhs, rhs_calibration)):
         kept = _kept(array, role, config.sparsity_rule)
         if kept is not None:
-            array = sparsity.apply_sparsity(array, kept)  # type: ignore[assignment]  # an array, of an array
+            array = sparsity.apply_sparsity(array, kept)
         if config.of(role, "qtype") is None or not numerics.should_quantize(array.dtype):
             quantized.append(array)
             residuals.append(array)

@@ -18,6 +18,7 @@ With a `block_size` b, runs of b elements are kept or pruned as one, by their me
 """
 
 import dataclasses
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,24 @@ class SparsityRule:
     activation_sparsity_order: str = "R"
     activation_sparsity_block_size: int = 0
     activation_sparsity_offset: int = 0
+
+
+@overload
+def apply_sparsity(
+    inputs: jax.Array, mask: jax.Array, is_channelwise: bool = False, pruned_value: jax.Array | None = None
+) -> jax.Array: ...
+
+
+@overload
+def apply_sparsity(
+    inputs: QArray, mask: jax.Array, is_channelwise: bool = False, pruned_value: jax.Array | None = None
+) -> QArray: ...
+
+
+@overload
+def apply_sparsity(
+    inputs: jax.Array | QArray, mask: jax.Array, is_channelwise: bool = False, pruned_value: jax.Array | None = None
+) -> jax.Array | QArray: ...
 
 
 def apply_sparsity(
