@@ -440,7 +440,7 @@ def sparsify(array: jax.Array, how: Any) -> jax.Array:
     order, offset = getattr(how, "weight_sparsity_order", "R"), getattr(how, "weight_sparsity_offset", 0)
     block_size = getattr(how, "weight_sparsity_block_size", 0)
     mask = sparsity.get_sparsity_mask(array, n, m, order, block_size, offset)
-    return sparsity.apply_sparsity(array, mask)  # type: ignore[return-value]  # of a float array, one
+    return sparsity.apply_sparsity(array, mask)
 
 
 def get_accumulator_and_result_type(
