@@ -1,8 +1,8 @@
 """How long does a training step take, in float, with QAT, and with gradients in int8?
 
 A transformer of 4 layers (d 256, 8 x 128 tokens) in NNX, Adam, the step jitted with `nnx.jit`; the steps take
-turns, and are compared within a round. `--original PYTHON` runs the same script with another interpreter, in
-whose environment another implementation is installed.
+turns, and are compared within a round. `--original PYTHON` runs the same script with another interpreter as well, in
+whose environment another implementation is installed; its steps take turns with these.
 
     python benchmarks/training.py [--rounds N] [--original PYTHON] [--json FILE]
 """
@@ -74,22 +74,53 @@ class Trainer:
         return time.perf_counter() - start
 
 
-def measure(rounds: int) -> dict[str, float]:
-    tokens = jax.random.randint(jax.random.key(0), (BATCH, LENGTH + 1), 0, VOCABULARY)
+def trainers() -> dict[str, Trainer]:
+    tokens = jnp.zeros((BATCH, LENGTH), int)
     w8a8 = {"weight_qtype": jnp.int8, "act_qtype": jnp.int8}
-    trainers = {"float": Trainer(Transformer(nnx.Rngs(0)))}
+    result = {"float": Trainer(Transformer(nnx.Rngs(0)))}
     for name, rule in {"QAT": w8a8, "int8 backward": w8a8 | {"bwd_qtype": jnp.int8}}.items():
-        model = qwix.quantize_model(Transformer(nnx.Rngs(0)), qwix.QtProvider([qwix.QtRule(**rule)]), tokens[:, :-1])
-        trainers[name] = Trainer(model)
-    result: dict[str, float] = {}
-    for name, trainer in trainers.items():
-        result[f"{name}: first step, s"] = trainer.step(tokens)
-    times = [{name: trainer.step(tokens) for name, trainer in trainers.items()} for _ in range(rounds)]
-    for name in trainers:
-        result[f"{name}: step, s"] = statistics.median(t[name] for t in times)
-    for name in trainers:
-        result[f"{name}: step, multiple of float"] = statistics.median(t[name] / t["float"] for t in times)
+        model = qwix.quantize_model(Transformer(nnx.Rngs(0)), qwix.QtProvider([qwix.QtRule(**rule)]), tokens)
+        result[name] = Trainer(model)
     return result
+
+
+def work() -> None:
+    """Runs a step of the model whose name comes in, and prints the seconds that it took, again and again."""
+    tokens = jax.random.randint(jax.random.key(0), (BATCH, LENGTH + 1), 0, VOCABULARY)
+    models = trainers()
+    for line in sys.stdin:
+        print(models[line.strip()].step(tokens), flush=True)
+
+
+class Worker:
+    """A process that runs this script's steps with some interpreter."""
+
+    def __init__(self, python: str, *options: str):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([python, *options, __file__, "--work"], stdin=pipe, stdout=pipe, text=True)
+
+    def step(self, name: str) -> float:
+        assert self.process.stdin and self.process.stdout
+        print(name, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
+def measure(workers: dict[str, Worker], rounds: int) -> dict[str, dict[str, float]]:
+    """{worker: {row: figure}}; all steps of all workers take turns."""
+    names = ("float", "QAT", "int8 backward")
+    steps = [(worker, name) for name in names for worker in workers]
+    first = {(worker, name): workers[worker].step(name) for worker, name in steps}
+    times = [{(worker, name): workers[worker].step(name) for worker, name in steps} for _ in range(rounds)]
+
+    def median(worker: str, name: str, relative: bool) -> float:
+        return statistics.median(t[worker, name] / (t[worker, "float"] if relative else 1) for t in times)
+
+    return {
+        worker: {f"{name}: first step, s": first[worker, name] for name in names}
+        | {f"{name}: step, s": median(worker, name, relative=False) for name in names}
+        | {f"{name}: step, multiple of float": median(worker, name, relative=True) for name in names}
+        for worker in workers
+    }
 
 
 def main() -> None:
@@ -97,17 +128,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--original", help="interpreter with another implementation to compare with")
     parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--raw", action="store_true", help="print the figures as JSON only")
+    parser.add_argument("--work", action="store_true", help="be the process that runs steps")
     args = parser.parse_args()
-    columns = {"this": measure(args.rounds)}
-    if args.raw:
-        print(json.dumps(columns["this"]))
+    if args.work:
+        work()
         return
+    workers = {"this": Worker(sys.executable)}
     if args.original:
         # -E: no PYTHONPATH, which would give it this qwix.
-        command = [args.original, "-E", __file__, "--raw", "--rounds", str(args.rounds)]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        columns["original"] = json.loads(out.splitlines()[-1])
+        workers["original"] = Worker(args.original, "-E")
+    columns = measure(workers, args.rounds)
+    for worker in workers.values():
+        worker.process.communicate()
     width = max(map(len, columns["this"]))
     print(" " * width, *(f"{name:>10}" for name in columns))
     for row in columns["this"]:

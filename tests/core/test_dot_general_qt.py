@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwix._src.core import qarray
+from qwix._src.core import contraction, qarray
 from qwix._src.core.dot_general_qt import (
     DotGeneralQtConfig,
     dot_general_qt,
@@ -237,6 +237,21 @@ def test_any_dimension_numbers(name):
     g = jnp.asarray(rng.normal(size=jax.lax.dot_general(x, w, dims).shape), jnp.float32)
     for found, truth in zip(run(config, x, w, g, dims), run({}, x, w, g, dims), strict=True):
         np.testing.assert_allclose(found, truth, atol=1e-3 * float(jnp.abs(truth).max()))
+
+
+@pytest.mark.parametrize("width", [3, 24])
+def test_the_gradient_of_rhs_contracts_its_smaller_operand_first(width):
+    """Precisions change places with the operands."""
+    rng = np.random.default_rng(2)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 6, 12), (2, 12, width)))
+    dims = (((2,), (1,)), ((0,), (0,)))
+    high, highest = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
+    op = contraction.DotGeneral(dims, (high, highest))
+    derivative = contraction.transpose(op, False, x, w)
+    assert derivative.g_is_lhs == (width == 3)
+    assert derivative.contraction.precision == ((high, highest) if width == 3 else (highest, high))
+    g = jnp.asarray(rng.normal(size=(2, 6, width)), jnp.float32)
+    np.testing.assert_allclose(derivative.run(g, x), np.einsum("btd,btf->bdf", x, g), rtol=1e-5, atol=1e-5)
 
 
 def test_dtypes(data):

@@ -53,24 +53,33 @@ def _tile_max(array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
 
     XLA's CPU backend (jaxlib 0.10.2) drops NaN in `max` of any but small arrays, and takes ten
     times as long for it over an array that it has to compute first, such as abs(x). So the first
-    few elements of each tile are compared one by one, which vectorizes, and only what is left, an
-    eighth, is looked through for NaN.
+    axis within a tile is cut into a few parts that are compared element by element, which
+    vectorizes, and only what is left, an eighth, is reduced and looked through for NaN. Parts of
+    consecutive elements keep the axes after this one whole: of each channel's maximum over tokens,
+    that is five times as fast as parts of neighbours.
     """
     if array.size == 0:
         return jnp.zeros(scale_shape, array.dtype)
-    shape = list(tiling.interleaved_shape(array.shape, scale_shape)) or [1, 1]
-    axis = max(range(1, len(shape), 2), key=lambda axis: shape[axis])
-    # Each chunk has to lie on one device, even if the axis is sharded over all of them.
-    sizes = (1,) if any(jax.typeof(array).sharding.spec) else range(1, 9)
-    few = max((n for n in sizes if shape[axis] % (n * jax.device_count()) == 0), default=1)
-    if few > 1:
-        shape[axis] //= few
-        chunks = tiling.regroup(array, [*shape[: axis + 1], few, *shape[axis + 1 :]])
-        # Not `lax.reduce`: where a chunk lies on several devices, they could not reduce by it.
-        parts = [jax.lax.index_in_dim(chunks, i, axis + 1, keepdims=False) for i in range(few)]
-        array = functools.reduce(jnp.maximum, parts)
-    tiles = jnp.maximum(tiling.regroup(array, shape), 0)
-    within = tuple(range(1, tiles.ndim, 2))
+    interleaved = tiling.interleaved_shape(array.shape, scale_shape)
+    # Axes of size 1 are left out, so that XLA sees a reduction in its simplest form.
+    shape = [n for n in interleaved if n != 1]
+    within = [sum(n != 1 for n in interleaved[:i]) for i in range(1, len(interleaved), 2) if interleaved[i] != 1]
+    tiles = tiling.regroup(array, shape)
+    # Each part has to lie on one device, even if the axis is sharded over all of them.
+    devices = jax.device_count()
+    sizes = (1,) if any(jax.typeof(array).sharding.spec) else range(2, 9)
+    for axis in within:
+        few = max((n for n in sizes if shape[axis] % (n * devices) == 0), default=1)
+        if few > 1:
+            cut = (devices, few, shape[axis] // (few * devices))
+            tiles = tiles.reshape(*shape[:axis], *cut, *shape[axis + 1 :])
+            # Not `lax.reduce`: where a part lies on several devices, they could not reduce by it.
+            parts = [jax.lax.index_in_dim(tiles, i, axis + 1, keepdims=False) for i in range(few)]
+            while len(parts) > 1:
+                parts = [functools.reduce(jnp.maximum, parts[i : i + 2]) for i in range(0, len(parts), 2)]
+            tiles = parts[0].reshape(*shape[:axis], -1, *shape[axis + 1 :])
+            break
+    tiles = jnp.maximum(tiles, 0)
     # Nothing in it is negative, so its sum is NaN only where there is one; that compiles faster than a search.
     largest = jnp.where(jnp.isnan(tiles.sum(within)), jnp.nan, tiles.max(within, initial=0))
     return tiling.regroup(largest, scale_shape)

@@ -12,11 +12,13 @@ output, and which contractions its derivatives are:
 
 The derivatives are not written down here. JAX knows the transpose of each contraction with all of its strides,
 paddings, groups and dimension numbers, as a small program: layout changes of the operands, one contraction, layout
-changes of the result. `transpose` reads it, and `Transposed.run` runs it on QArrays.
+changes of the result. `transpose` reads it, and `Transposed.run` runs it on QArrays, with the operands of a dot_general
+in the order that is faster.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -167,11 +169,14 @@ class Transposed:
       jaxpr: (cotangent of the output, the other operand, group sizes if any) -> cotangent of the operand.
       contraction: the one in it.
       g_is_lhs: whether the cotangent is its first operand.
+      permutation: if not None, `contraction` is the one in `jaxpr` with its operands exchanged, and its result is to
+        be transposed so.
     """
 
     jaxpr: Any
     contraction: Contraction
     g_is_lhs: bool
+    permutation: tuple[int, ...] | None = None
 
     def run(
         self,
@@ -192,10 +197,12 @@ class Transposed:
         for eqn in self.jaxpr.eqns:
             values = [v.val if isinstance(v, jax.extend.core.Literal) else env[v] for v in eqn.invars]
             if eqn.primitive.name in _OF_PARAMS:
-                ndims = (values[0].ndim, values[1].ndim)
-                lhs = prepare(values[0], self.g_is_lhs, ndims)
-                rhs = prepare(values[1], not self.g_is_lhs, ndims)
-                env[eqn.outvars[0]] = self.contraction.run(lhs, rhs, *values[2:])
+                left, right = values[:2] if self.permutation is None else values[1::-1]
+                ndims = (left.ndim, right.ndim)
+                lhs = prepare(left, self.g_is_lhs, ndims)
+                rhs = prepare(right, not self.g_is_lhs, ndims)
+                result = self.contraction.run(lhs, rhs, *values[2:])
+                env[eqn.outvars[0]] = result if self.permutation is None else lax.transpose(result, self.permutation)
             elif isinstance(values[0], QArray):
                 env[eqn.outvars[0]] = _move(eqn, values[0])
             else:
@@ -259,4 +266,31 @@ def _transpose(op: Contraction, for_lhs: bool, lhs: Any, rhs: Any, *extra: Any) 
     for other_eqn in jaxpr.eqns:
         if not isinstance(other_eqn.invars[0], jax.extend.core.Literal) and other_eqn.invars[0] in g_vars:
             g_vars.update(other_eqn.outvars)
-    return Transposed(jaxpr, _OF_PARAMS[eqn.primitive.name](eqn.params), eqn.invars[0] in g_vars)
+    contraction = _OF_PARAMS[eqn.primitive.name](eqn.params)
+    g_is_lhs = eqn.invars[0] in g_vars
+    shapes = [tuple(v.aval.shape) for v in eqn.invars[:2]]
+    if isinstance(contraction, DotGeneral) and not for_lhs and _is_better_exchanged(contraction, shapes):
+        return Transposed(jaxpr, *_exchanged(contraction, shapes, g_is_lhs))
+    return Transposed(jaxpr, contraction, g_is_lhs)
+
+
+def _is_better_exchanged(op: DotGeneral, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the derivative for rhs had better contract its operands in the other order.
+
+    It sums over axes that are the first ones of both, such as tokens, while XLA's CPU backend (jaxlib 0.10.2) wants
+    them last in its first operand, and moves that one in memory. So this should be the smaller of the two.
+    """
+    is_plain = op.out_sharding is None and (op.precision is None or isinstance(op.precision, tuple))
+    return is_plain and math.prod(shapes[0]) >= math.prod(shapes[1])
+
+
+def _exchanged(op: DotGeneral, shapes: Sequence[tuple[int, ...]], g_is_lhs: bool) -> tuple[DotGeneral, bool, Any]:
+    """The contraction of (rhs, lhs), whether the cotangent is first in it, and the permutation of its result."""
+    (lhs_ca, rhs_ca), (lhs_ba, rhs_ba) = op.dimension_numbers
+    precision = None if op.precision is None else op.precision[::-1]
+    numbers = ((rhs_ca, lhs_ca), (rhs_ba, lhs_ba))
+    batch = len(lhs_ba)
+    lhs_rest, rhs_rest = (len(shape) - batch - len(lhs_ca) for shape in shapes)
+    end = batch + rhs_rest
+    permutation = (*range(batch), *range(end, end + lhs_rest), *range(batch, end))
+    return dataclasses.replace(op, dimension_numbers=numbers, precision=precision), not g_is_lhs, permutation
