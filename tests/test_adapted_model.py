@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -141,6 +142,20 @@ def test_adapters_are_taken_out_and_put_in():
     params = qwix.lora_params(first)
     assert {path for path, _ in nnx.to_flat_state(params)} == {("kernel_lora_a",), ("kernel_lora_b",)}
     nnx.update(second, params)
+    close(second(x), first(x))
+
+
+def test_adapters_through_orbax(tmp_path):
+    """Saved alone, and restored into another model of the same base."""
+    x = normal(2, 8)
+    linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    first, second = (lora(linear, x, seed=seed, weight_qtype="nf4", use_dora=True) for seed in (1, 2))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "adapter", qwix.lora_params(first))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "adapter", qwix.lora_params(second))
+    assert len(nnx.to_flat_state(restored)) == 3
+    nnx.update(second, restored)
     close(second(x), first(x))
 
 

@@ -187,6 +187,62 @@ def test_linen(weight_qtype):
     close(model.apply(variables, x), y, rtol=1e-4, atol=1e-4)
 
 
+def test_linen_convolutions_and_embeddings():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return nn.Conv(4, (3,), name="conv")(nn.Embed(10, 8, name="embed")(ids))
+
+    ids = jnp.array([[1, 3, 7, 1]])
+    rule = qwix.LoraRule(
+        rank=2, alpha=4.0, op_names=("take", "conv_general_dilated"), lora_b_initializer=NORMAL, weight_qtype="int8"
+    )
+    model = qwix.apply_lora_to_model(Model(), qwix.LoraProvider([rule]))
+    params = model.init(jax.random.key(0), ids)["params"]
+    assert params["embed"]["embedding_lora_a"].shape == (10, 2)
+    assert params["conv"]["kernel_lora_a"].shape == (3, 8, 2)
+    merged = qwix.merge_lora(model, params)
+    close(model.apply({"params": params}, ids), Model().apply({"params": merged}, ids), atol=1e-4)
+
+
+def test_adapters_of_a_model_that_is_quantized_already():
+    """QLoRA from a quantized checkpoint: the stored elements stay, and only adapters are trained."""
+    x = normal(2, 16)
+    rule = qwix.QuantizationRule(weight_qtype="nf4", tile_size=8)
+    base = qwix.quantize_model(MLP(nnx.Rngs(0)), qwix.PtqProvider([rule]), x)
+    model = lora(base, x)
+    np.testing.assert_array_equal(model.up.kernel.array.qvalue[...], base.up.kernel.array.qvalue[...])
+    w = {name: f64(jnp.asarray(getattr(model, name).kernel)) for name in ("up", "down")}
+    for name, dequantized in w.items():
+        layer = getattr(model, name)
+        w[name] = dequantized + 2.0 * f64(layer.kernel_lora_a[...]) @ f64(layer.kernel_lora_b[...])
+    expected = f64(x) + np.maximum(f64(x) @ w["up"], 0) @ w["down"]
+    close(model(x), expected, atol=1e-3)
+    close(qwix.merge_lora(model)(x), expected, atol=1e-3)
+    grads = nnx.grad(lambda m, x: (m(x) ** 2).mean(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model, x)
+    assert len(jax.tree.leaves(grads)) == 4 and all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="no float weight to start from"):
+        lora(base, x, init_lora_weights="pissa")
+    # Activations stay quantized by the rules that they were quantized by, wherever there are adapters.
+    static = qwix.QuantizationRule(module_path="up", weight_qtype="int8", act_qtype="int8", act_static_scale=True)
+    base = qwix.quantize_model(MLP(nnx.Rngs(0)), qwix.PtqProvider([static]), x)
+    same = lora(base, x, lora_b_initializer=nnx.initializers.zeros, module_path="up|down")
+    assert hasattr(same.up, "dot_general0_lhs_scale") and not isinstance(same.down.kernel, WithAux)
+    close(same(3 * x), base(3 * x))
+
+    dense = nn.Dense(4, use_bias=False)
+    quantized = qwix.quantize_model(dense, qwix.PtqProvider([rule]))
+    float_params = dense.init(jax.random.key(0), x)["params"]
+    abstract = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
+    checkpoint = qwix.quantize_params(float_params, abstract)
+    adapted = qwix.apply_lora_to_model(quantized, qwix.LoraProvider(rank=3, alpha=6.0, lora_b_initializer=NORMAL))
+    params = adapted.init(jax.random.key(1), x)["params"] | checkpoint
+    w = f64(qarray.dequantize(checkpoint["kernel"].array))
+    w = w + 2.0 * f64(params["kernel_lora_a"]) @ f64(params["kernel_lora_b"])
+    close(adapted.apply({"params": params}, x), f64(x) @ w, atol=1e-3)
+    close(dense.apply({"params": qwix.merge_lora(adapted, params)}, x), f64(x) @ w, atol=1e-3)
+
+
 def test_dropout_of_linen_draws_from_its_own_stream():
     x = jnp.ones((2, 12))
     model = qwix.apply_lora_to_model(nn.Dense(3), qwix.LoraProvider(rank=2, alpha=2.0, dropout=0.5))

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import qwix
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
@@ -182,13 +183,10 @@ def test_statistics_average_over_calls_and_not_during_init(x):
     linen.apply({**variables, **updated}, 100 * x)
 
 
-def ptq_rule():
-    return qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=True)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_qat_to_ptq_nnx(x, dtype):
-    model = quantized(Mlp(nnx.Rngs(0)), x, **STATIC)
+@pytest.mark.parametrize(("static", "dtype"), [(True, jnp.float32), (True, jnp.bfloat16), (False, jnp.float32)])
+def test_qat_to_ptq_nnx(x, static, dtype):
+    ranges = {"act_static_scale": static}
+    model = quantized(Mlp(nnx.Rngs(0)), x, **W8A8 | ranges)
     optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
     for _ in range(3):
         optimizer.update(model, nnx.grad(loss)(model, x))
@@ -196,7 +194,7 @@ def test_qat_to_ptq_nnx(x, dtype):
     for _, module in nnx.iter_modules(model):
         module.disable_quant_stats_update = True
     params, stats = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, qwix.QuantStat))
-    ptq = qwix.quantize_model(Mlp(nnx.Rngs(1)), qwix.PtqProvider([ptq_rule()]), x)
+    ptq = qwix.quantize_model(Mlp(nnx.Rngs(1)), qwix.PtqProvider([qwix.QuantizationRule(**W8A8 | ranges)]), x)
     nnx.update(ptq, qwix.quantize_params(params, ptq, stats))
     assert ptq.up.kernel.array.qvalue.dtype == jnp.int8
     np.testing.assert_allclose(
@@ -204,15 +202,17 @@ def test_qat_to_ptq_nnx(x, dtype):
     )
 
 
-def test_qat_to_ptq_linen(x):
-    qat = quantized(LinenMlp(), **STATIC)
+@pytest.mark.parametrize("static", [True, False])
+def test_qat_to_ptq_linen(x, static):
+    ranges = {"act_static_scale": static}
+    qat = quantized(LinenMlp(), **W8A8 | ranges)
     variables = qat.init(jax.random.key(0), x)
     for scale in (1, 2):
         _, updated = qat.apply(variables, scale * x, mutable="quant_stats")
         variables = {**variables, **updated}
-    ptq = qwix.quantize_model(LinenMlp(), qwix.PtqProvider([ptq_rule()]))
+    ptq = qwix.quantize_model(LinenMlp(), qwix.PtqProvider([qwix.QuantizationRule(**W8A8 | ranges)]))
     abstract = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
-    params = qwix.quantize_params(variables["params"], abstract, variables["quant_stats"])
+    params = qwix.quantize_params(variables["params"], abstract, variables.get("quant_stats", {}))
     np.testing.assert_allclose(ptq.apply({"params": params}, x), qat.apply(variables, x), rtol=1e-5)
 
 
@@ -249,6 +249,35 @@ def test_training_with_everything(x):
     assert losses[-1] < 0.5 * losses[0]
     model, _ = nnx.merge(graphdef, state)
     assert model.up.kernel.dtype == jnp.float32 and int(model.up.dot_general0_lhs.get_value()["count"]) == 40
+
+
+def test_float8_and_mxfp8_train_as_float_does(x):
+    """Forward in e4m3 and backward in e5m2, or in blocks that share a power of two: the loss falls as in float."""
+    formats = {
+        "float": {},
+        "float8": {"weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn", "bwd_qtype": "float8_e5m2"},
+        "mxfp8": dict.fromkeys(("weight_qtype", "act_qtype", "bwd_qtype"), "mxfp8")
+        | {"tile_size": 8, "bwd_weight_grad_tile_size": 4},
+    }
+    target = jnp.sin(3 * x)
+
+    @nnx.jit
+    def train(model, optimizer):
+        def step(_, carry):
+            model, optimizer, _ = carry
+            value, grads = nnx.value_and_grad(lambda model: ((model(x) - target) ** 2).mean())(model)
+            optimizer.update(model, grads)
+            return model, optimizer, value
+
+        return nnx.fori_loop(0, 30, step, (model, optimizer, jnp.zeros(())))[2]
+
+    losses = {}
+    for name, rule in formats.items():
+        model = quantized(Mlp(nnx.Rngs(0)), x, **rule) if rule else Mlp(nnx.Rngs(0))
+        before = float(((model(x) - target) ** 2).mean())
+        losses[name] = float(train(model, nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)))
+        assert losses[name] < 0.05 * before
+        assert abs(losses[name] - losses["float"]) < 0.01 * before
 
 
 class Stack(nnx.Module):
@@ -288,6 +317,42 @@ def test_nnx_scan_and_remat_give_the_numbers_of_the_unrolled_model(x, remat):
     found = nnx.jit(nnx.grad(loss))(model, x).layers.kernel[...]
     # Not to the last bit: what XLA fuses differently may put an element on the other side of a tie.
     assert np.linalg.norm(found - truth) < 5e-3 * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_statistics_of_stacked_layers(x, remat):
+    """Each layer has its own, counted once a step, with a gradient taken as well."""
+    model = quantized(Stack(nnx.Rngs(0), remat), x, **STATIC)
+    stat = model.layers.dot_general0_lhs
+    assert not stat.get_value()["count"].any()
+    ranges, h = [], x
+    for i in range(3):
+        ranges.append(np.abs(np.asarray(h)).max(1).mean())
+        h = nnx.tanh(h @ model.layers.kernel[...][i] + model.layers.bias[...][i])
+    nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param)))(model, x)
+    found = model.layers.dot_general0_lhs.get_value()
+    np.testing.assert_array_equal(found["count"], [1, 1, 1])
+    # Inputs of later layers are those of quantized ones.
+    np.testing.assert_allclose(found["sum_of_absmax"].reshape(3), ranges, rtol=0.05)
+
+
+def test_explicit_mesh(x):
+    """On a mesh with explicit axes, gradients have the types of what they are gradients of, and the same values."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    # In int16, for a tie is decided by how XLA fuses the division, and in int8 the largest elements lie on one.
+    config = DotGeneralQtConfig(**{f"{part}_qtype": "int16" for part in ("lhs", "rhs", "dlhs_grad", "drhs_grad")})
+    kernel = jax.random.normal(jax.random.key(1), (8, 16))
+    gradient = jax.grad(lambda kernel, x: (dot_general_qt(x, kernel, DENSE, config) ** 2).sum(), (0, 1))
+    truth = gradient(kernel, x)
+    with jax.set_mesh(mesh):
+        sharded = [
+            jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in ((kernel, P(None, "model")), (x, P("data")))
+        ]
+        found = jax.jit(gradient)(*sharded)
+        for gradients, operand in zip(found, sharded, strict=True):
+            assert jax.typeof(gradients).sharding.spec == jax.typeof(operand).sharding.spec
+    for a, b in zip(found, truth, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
 
 
 def test_stochastic_rounding_takes_keys_from_its_stream(x):

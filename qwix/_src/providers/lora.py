@@ -21,6 +21,7 @@ in any of the number formats (QLoRA, arXiv 2305.14314), where it stays also whil
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -37,7 +38,7 @@ from qwix._src import interception, provenance, qconfig
 from qwix._src.core import einsum as core_einsum
 from qwix._src.core import low_rank, numerics, qarray
 from qwix._src.model import quantize_model
-from qwix._src.providers import adapters, boxed_param
+from qwix._src.providers import adapters, boxed_param, ptq
 from qwix._src.providers.adapters import AdaptedWeight, Adapter
 from qwix._src.providers.with_aux import WithAux
 from qwix._src.utils import flax_util
@@ -365,7 +366,9 @@ def apply_lora_to_model(
     """Returns a copy of a model with adapters; `quantize_model` with a `LoraProvider`.
 
     Args:
-      model: a Linen or NNX module, which may be quantized already.
+      model: a Linen or NNX module. One that a `PtqProvider` has quantized stays so (QLoRA from a quantized checkpoint):
+        its weights are taken as they are stored, its activations quantized by its own rules, and those of `provider`
+        say where adapters are.
       provider: says which weights get adapters.
       *model_inputs: NNX only: inputs of the method, as for `quantize_model`.
       methods: as for `quantize_model`.
@@ -389,6 +392,7 @@ def apply_lora_to_model(
             stacklevel=2,
         )
         model_inputs_kwargs["rngs"] = nnx.Rngs(0)
+    model, provider = _taken_over(model, provider)
     adapted = quantize_model(model, provider, *model_inputs, methods=methods, **model_inputs_kwargs)
     if isinstance(adapted, nnx.Module) and not model_inputs_kwargs.get("skip_nnx_init"):
         if not any(True for _ in adapters.adapted_weights(adapted)):
@@ -399,6 +403,51 @@ def apply_lora_to_model(
                 stacklevel=2,
             )
     return adapted
+
+
+# --- a base that is quantized already -------------------------------------------------------------
+
+
+def _taken_over(model: Any, provider: LoraProvider) -> tuple[Any, LoraProvider]:
+    """A model without the `PtqProvider`s that it is under, and a provider that does what they do as well.
+
+    They would handle the ops first and hide them. Models under any other provider are left as they are.
+    """
+    quantized = [cls for cls in type(model).__mro__ if "_qwix_records" in vars(cls)]
+    providers = [list(vars(cls)["_qwix_records"])[-1] for cls in quantized]
+    if not providers or any(type(p) is not ptq.PtqProvider for p in providers):
+        return model, provider
+    cls = next(cls for cls in type(model).__mro__ if "_qwix_records" not in vars(cls))
+    if isinstance(model, nnx.Module):
+        model = nnx.clone(model)
+        model.__class__ = cls
+    else:
+        fields = [f.name for f in dataclasses.fields(model) if f.init and f.name not in ("parent", "name")]
+        model = cls(**{name: getattr(model, name) for name in fields}, name=model.name)
+    # The innermost provider, which is the last class here, sees an op first.
+    base_rules = [rule for p in reversed(providers) for rule in p._rules]
+    both = copy.copy(provider)
+    LoraProvider.__init__(both, _with_base_rules(provider._rules, base_rules), disable_jit=provider.disable_jit)
+    return model, both
+
+
+def _with_base_rules(
+    rules: Sequence[qconfig.QuantizationRule], base_rules: Sequence[qconfig.QuantizationRule]
+) -> list[qconfig.QuantizationRule]:
+    """Rules of which the first match says what the first matches of both lists say: adapters, and quantization."""
+    result: list[qconfig.QuantizationRule] = []
+    for rule in rules:
+        for base in base_rules:
+            op_names: Collection[str] = rule.op_names or base.op_names
+            if rule.op_names and base.op_names:
+                op_names = [name for name in rule.op_names if name in base.op_names]
+                if not op_names:
+                    continue
+            fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(qconfig.QuantizationRule)}
+            path = rf"(?=(?:{rule.module_path})\Z)(?:{base.module_path})"
+            result.append(dataclasses.replace(rule, **fields | {"module_path": path, "op_names": tuple(op_names)}))
+        result.append(rule)
+    return [*result, *base_rules]
 
 
 # --- one weight of one op -------------------------------------------------------------------------
