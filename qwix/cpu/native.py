@@ -14,7 +14,7 @@ import numpy as np
 
 from qwix.cpu import build
 
-TARGET = "qwix_cpu_matmul"
+MATMUL, ATTENTION = "qwix_cpu_matmul", "qwix_cpu_attention"
 
 # Of `matmul`; the numbers are those of `Mode` in csrc/job.h.
 FLOAT, DYNAMIC, QUANTIZED = range(3)
@@ -56,7 +56,8 @@ def _register(path: pathlib.Path) -> tuple[str, ctypes.CDLL | None]:
     try:
         library = ctypes.CDLL(os.fspath(path))
         library.qwix_cpu_kernels.restype = ctypes.c_char_p
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.qwix_cpu_matmul), platform="cpu")
+        for target in (MATMUL, ATTENTION):
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except Exception as error:  # XLA refuses a library of another FFI version with an error of its own
         return f"{path}: {error}", None
     return "", library
@@ -139,7 +140,7 @@ def matmul(
     row_bytes = padded_k * (4 if mode == FLOAT else 2) + x.shape[1] // tile * 8
     as_it_is = mode == FLOAT and x.dtype == np.float32 and padded_k == x.shape[1] and zeros is None
     call = jax.ffi.ffi_call(
-        TARGET,
+        MATMUL,
         [
             jax.ShapeDtypeStruct((rows, leads * columns), dtype),
             jax.ShapeDtypeStruct((0 if as_it_is else rows * row_bytes,), np.uint8),
@@ -158,6 +159,60 @@ def matmul(
         n=np.int64(columns),
         tile=np.int64(tile),
         factor=np.float32(factor),
+        kernels=np.int64(kernel),
+    )
+    return out
+
+
+# `kKeysOfPart` of csrc/job.h.
+_KEYS_OF_PART = 128
+
+
+def attend(
+    query: jax.Array,
+    keys: jax.Array,
+    key_scale: jax.Array | None,
+    values: jax.Array,
+    value_scale: jax.Array | None,
+    used: jax.Array,
+    *,
+    scale: float,
+    kernel: int = 0,
+) -> jax.Array:
+    """softmax(scale query . keys) values, over the first `used` keys, each head by itself.
+
+    Args:
+      query: (heads, queries, width) float32.
+      keys: (heads, size, width) float32, bfloat16, float16, or int8.
+      key_scale: (heads, size, 1) float32, what int8 keys are multiplied with; else None.
+      values: as the keys.
+      value_scale: as `key_scale`.
+      used: () int32, at least 1.
+      scale: of the products.
+      kernel: an index into `kernels()`, for tests.
+
+    Returns:
+      (heads, queries, width) float32.
+    """
+    heads, queries, width = query.shape
+    parts = -(-keys.shape[1] // _KEYS_OF_PART)
+    none = np.zeros((0,), np.float32)
+    call = jax.ffi.ffi_call(
+        ATTENTION,
+        [
+            jax.ShapeDtypeStruct(query.shape, np.float32),
+            jax.ShapeDtypeStruct((heads * parts * queries * (-(-width // 16) * 16 + 2),), np.float32),
+        ],
+        vmap_method="sequential",
+    )
+    out, _ = call(
+        query,
+        keys,
+        none if key_scale is None else key_scale,
+        values,
+        none if value_scale is None else value_scale,
+        used,
+        scale=np.float32(scale),
         kernels=np.int64(kernel),
     )
     return out

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qwix.models.kv_cache import KVCache
 from qwix.models.llama import Llama
 
 # Prompts are filled up to a multiple of this, so that prompts of about the same length share a compiled program.
@@ -88,18 +89,24 @@ class Decoder:
             raise ValueError(f"a cache for {size} tokens holds nothing")
         self.model, self.size, self.cache_dtype = model, size, cache_dtype
         self.timing = Timing()
-        graphdef, self._state = nnx.split(model)
+        graphdef, state = nnx.split(model)
+        # Flat lists of arrays, which a call need not take apart in Python for every token.
+        self._state, tree = jax.tree.flatten(state)
         self._programs: dict[int, Any] = {}
+        cache_tree = jax.tree.structure(model.empty_cache(1, 1, cache_dtype))
 
-        def run(state: Any, cache: Any, ids: jax.Array, used: jax.Array, settings: Any) -> Any:
-            """The next token, and the cache after the first `used` of the ids."""
-            before, length = cache.length, ids.shape[1]
+        def run(state: list[Any], cache: list[Any], ids: jax.Array, used: jax.Array, settings: Any) -> Any:
+            """The next token, (1, 1), and the cache after the first `used` of the ids."""
+            kept: KVCache = jax.tree.unflatten(cache_tree, cache)
+            before, length = kept.length, ids.shape[1]
             # A prompt starts an empty cache and so looks at itself alone.
             read = length if length > 1 else None
-            logits, cache = nnx.merge(graphdef, state)(ids, cache, read=read, position=used - 1)
+            model = nnx.merge(graphdef, jax.tree.unflatten(tree, state))
+            logits, kept = model(ids, kept, read=read, position=used - 1)
             key, temperature, top_p = settings
-            token = choose(logits[:, -1], jax.random.fold_in(key, before + used), temperature, top_p)
-            return token, cache.replace(length=before + used)
+            key = jax.random.fold_in(jax.random.wrap_key_data(key), before + used)
+            token = choose(logits[:, -1], key, temperature, top_p)
+            return token[:, None], jax.tree.leaves(kept.replace(length=before + used))
 
         # Without the donation each step would copy the cache.
         self._run = jax.jit(run, donate_argnums=1)
@@ -130,15 +137,17 @@ class Decoder:
             raise ValueError(f"{length} tokens of prompt and {limit} new ones do not fit into a cache for {self.size}")
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} has to be at least 0, and top_p {top_p} above 0 and at most 1")
-        settings = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
-        cache = self.model.empty_cache(1, self.size, self.cache_dtype)
+        key = jax.random.key_data(jax.random.key(seed))
+        settings = (key, jnp.float32(temperature), jnp.float32(top_p))
+        cache = jax.tree.leaves(self.model.empty_cache(1, self.size, self.cache_dtype))
+        one = jnp.int32(1)
         ids = np.zeros((1, padded), np.int32)
         ids[0, :length] = prompt
         first, step = (self._compiled(tokens, cache, settings) for tokens in (padded, 1))
         self.timing = Timing(prompt_tokens=length, compile_seconds=first[1] + step[1])
         start = time.perf_counter()
         token, cache = first[0](self._state, cache, ids, np.int32(length), settings)
-        last = int(token[0])
+        last = token.item()
         self.timing.prompt_seconds = time.perf_counter() - start
         for count in range(limit):
             if last in stop:
@@ -147,8 +156,8 @@ class Decoder:
             if count + 1 == limit:
                 return
             start = time.perf_counter()
-            token, cache = step[0](self._state, cache, token[:, None], np.int32(1), settings)
-            last = int(token[0])
+            token, cache = step[0](self._state, cache, token, one, settings)
+            last = token.item()
             self.timing.new_seconds += time.perf_counter() - start
             self.timing.new_tokens += 1
 

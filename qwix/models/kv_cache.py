@@ -19,6 +19,7 @@ import numpy as np
 
 from qwix._src.core import qarray
 from qwix._src.core.pytree import array_structure
+from qwix.cpu import native
 
 # One scale for each token of a head: axes of (batch * heads, size, head_dim).
 _HOW = qarray.HowToQuantize(qtype=jnp.int8, channelwise_axes=(0, 1))
@@ -96,6 +97,40 @@ def mix(weights: jax.Array, values: Cached) -> jax.Array:
         return jnp.einsum("hqk,hkd->hqd", weights, values.astype(weights.dtype))
     weights = weights * values.scale.astype(weights.dtype).swapaxes(1, 2)
     return jnp.einsum("hqk,hkd->hqd", weights, values.qvalue.astype(weights.dtype))
+
+
+def attend(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
+    """softmax(query . keys / sqrt(head_dim)) values, of one new token and the first `used` of a cache.
+
+    By a native kernel where there is one (`qwix.cpu`): XLA's CPU backend takes four times as long, as it goes over the
+    whole cache, in several passes.
+
+    Args:
+      query: (batch * heads, queries, head_dim), the queries that share a head of keys.
+      cache: with the new token.
+      used: () int32, at least 1.
+
+    Returns:
+      (batch * heads, queries, head_dim).
+    """
+    if not native.is_available() or query.dtype == jnp.float64:
+        return _attend(query, cache, used)
+    return jax.lax.platform_dependent(query, cache, used, cpu=_attend_natively, default=_attend)
+
+
+def _attend(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
+    products = scores(query, cache.keys) / np.sqrt(query.shape[-1])
+    products = jnp.where(jnp.arange(cache.keys.shape[1]) < used, products, jnp.finfo(products.dtype).min)
+    return mix(jax.nn.softmax(products), cache.values)
+
+
+def _attend_natively(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
+    keys, values = (
+        (part.qvalue, part.scale.astype(jnp.float32)) if isinstance(part, qarray.QArray) else (part, None)
+        for part in (cache.keys, cache.values)
+    )
+    out = native.attend(query.astype(jnp.float32), *keys, *values, used, scale=query.shape[-1] ** -0.5)
+    return out.astype(query.dtype)
 
 
 def _write(cached: Cached, new: jax.Array, start: jax.Array) -> Cached:

@@ -114,16 +114,18 @@ class Attention(nnx.Module):
         keys = rotate(heads(self.k_proj(x), self.kv_heads), rotation)
         values = heads(self.v_proj(x), self.kv_heads)
         cache = cache and cache.write(keys, values, start)
-        seen = cache.read(mask.shape[1]) if cache else LayerCache(keys, values)
         # Query heads that share a key head are further queries of it: (batch * kv_heads, group * tokens, head_dim).
         group = self.heads // self.kv_heads
         query = query.reshape(batch * self.kv_heads, group * length, self.head_dim)
-        scores = kv_cache.scores(query, seen.keys) / np.sqrt(self.head_dim)
-        if length > 1:
+        if cache and length == 1:
+            mixed = kv_cache.attend(query, cache, start + 1)
+        else:
+            seen = cache.read(mask.shape[1]) if cache else LayerCache(keys, values)
+            scores = kv_cache.scores(query, seen.keys) / np.sqrt(self.head_dim)
             scores = scores.reshape(batch * self.kv_heads, group, length, -1)
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores).reshape(batch * self.kv_heads, group * length, -1)
-        mixed = kv_cache.mix(weights, seen.values)
+            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+            weights = jax.nn.softmax(scores).reshape(batch * self.kv_heads, group * length, -1)
+            mixed = kv_cache.mix(weights, seen.values)
         mixed = mixed.reshape(batch, self.heads, length, self.head_dim).swapaxes(1, 2)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 

@@ -1,20 +1,13 @@
 // The XLA custom call: buffers to a Job, scratch, threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 
 #include "job.h"
 #include "registry.h"
-#include "xla/ffi/api/ffi.h"
-
-#if defined(QWIX_X86)
-#include <immintrin.h>
-#endif
+#include "threads.h"
 
 namespace qwix {
 
@@ -48,59 +41,12 @@ const Kernels* const* supported_kernels() {
 
 namespace {
 
-namespace ffi = xla::ffi;
-
-// Honours denormals, which XLA's threads flush to zero: fp8 codes are read through them.
-class HonourDenormals {
- public:
-#if defined(QWIX_X86)
-  HonourDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~HonourDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
-
-// Runs fn(item) for all items, on this thread and those of XLA's pool that are free.
-//
-// This thread takes items as the others do, and then waits for none but those that were taken. So it does not
-// depend on a free thread in the pool, of which it is most often itself one. A helper that comes late finds
-// nothing to do, but has to find out, hence the shared state.
-template <class Fn>
-void parallel_for(ffi::ThreadPool& pool, int64_t workers, int64_t items, Fn fn) {
-  if (workers <= 1 || items <= 1) {
-    HonourDenormals scope;
-    for (int64_t i = 0; i < items; ++i) fn(i);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  auto work = [items](State& shared, const Fn& body) {
-    HonourDenormals scope;
-    int64_t count = 0;
-    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < items; ++count) body(i);
-    shared.done.fetch_add(count, std::memory_order_release);
-  };
-  for (int64_t i = 1; i < std::min(workers, items); ++i) {
-    pool.Schedule([state, work, &fn, items] {
-      // `fn` lives as long as items are left or unfinished.
-      if (state->next.load(std::memory_order_relaxed) < items) work(*state, fn);
-    });
-  }
-  work(*state, fn);
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < items; ++spins) {
-    if (spins > 1000) std::this_thread::yield();
-  }
+// The i-th best kernels that this CPU runs, or null.
+const Kernels* kernels_at(int64_t index) {
+  const Kernels* const* list = supported_kernels();
+  for (int64_t i = 0; i < index && *list != nullptr; ++i) ++list;
+  return *list;
 }
-
-}  // namespace
-}  // namespace qwix
-
-namespace qwix {
-namespace {
 
 std::optional<Type> type_of(const ffi::AnyBuffer& buffer) {
   switch (buffer.element_type()) {
@@ -147,14 +93,6 @@ struct Operand {
     return data + offset * item_bytes;
   }
 };
-
-// Memory of a thread, for what it works on.
-constexpr int64_t kWorkspaceBytes = 64 * 1024;
-
-char* workspace() {
-  alignas(64) static thread_local char memory[kWorkspaceBytes];
-  return memory;
-}
 
 void run(Job& job, const Kernels& kernels, ffi::ThreadPool& pool, int64_t workers) {
   if (needs_prepare(job)) {
@@ -232,11 +170,9 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer,
   job.scale_type = *scale_type;
   job.y_type = *y_type;
 
-  const Kernels* const* list = supported_kernels();
-  for (int64_t i = 0; i < kernels_index; ++i) {
-    if (*++list == nullptr) return invalid("there are not so many kernels");
-  }
-  const Kernels& kernels = **list;
+  const Kernels* const chosen = kernels_at(kernels_index);
+  if (chosen == nullptr) return invalid("there are not so many kernels");
+  const Kernels& kernels = *chosen;
 
   // One weight for a batch of inputs: their rows, which are side by side in memory, are those of one input.
   int64_t batch = y.batch();
@@ -284,8 +220,73 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer,
   return ffi::Error::Success();
 }
 
+ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys,
+                     ffi::Buffer<ffi::F32> key_scale, ffi::AnyBuffer values, ffi::Buffer<ffi::F32> value_scale,
+                     ffi::Buffer<ffi::S32> used, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> scratch,
+                     float scale, int64_t kernels_index) {
+  const auto invalid = [](const char* what) {
+    return ffi::Error::InvalidArgument(std::string("qwix_cpu_attention: ") + what);
+  };
+  const auto q = query.dimensions(), k = keys.dimensions(), v = values.dimensions();
+  if (q.size() != 3 || k.size() != 3 || v.size() != 3 || used.element_count() != 1) return invalid("shapes do not fit");
+  Attention job = {};
+  job.heads = q[0];
+  job.queries = q[1];
+  job.width = q[2];
+  job.size = k[1];
+  job.scale = scale;
+  for (size_t i = 0; i < 3; ++i) {
+    if (k[i] != v[i] || (i != 1 && k[i] != q[i])) return invalid("shapes do not fit");
+  }
+  const auto type = type_of(keys);
+  const size_t scales = type == Type::kS8 ? static_cast<size_t>(job.heads * job.size) : 0;
+  if (!type || keys.element_type() != values.element_type() || key_scale.element_count() != scales ||
+      value_scale.element_count() != scales) {
+    return invalid("unknown dtypes, or scales that do not fit");
+  }
+  if (y->element_count() != query.element_count() ||
+      static_cast<int64_t>(scratch->element_count()) < job.heads * job.parts() * job.queries * job.part_stride()) {
+    return invalid("too little memory for the results");
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+  if (job.size == 0) return invalid("the cache holds nothing");
+  job.type = *type;
+  job.used = std::clamp<int64_t>(used.typed_data()[0], 1, job.size);
+  job.query = query.typed_data();
+  job.keys = keys.untyped_data();
+  job.values = values.untyped_data();
+  job.key_scale = scales ? key_scale.typed_data() : nullptr;
+  job.value_scale = scales ? value_scale.typed_data() : nullptr;
+  job.y = y->typed_data();
+  job.scratch = scratch->typed_data();
+  const Kernels* kernels = kernels_at(kernels_index);
+  if (kernels == nullptr) return invalid("there are not so many kernels");
+
+  // As for matmuls: a thread for 64 KiB.
+  const int64_t bytes = static_cast<int64_t>(ffi::ByteWidth(keys.element_type())) * 2 * job.heads * job.used * job.width;
+  const int64_t workers = std::clamp<int64_t>(bytes / 65536, 1, std::max<int64_t>(1, pool.num_threads()));
+  const int64_t parts = job.used_parts();
+  parallel_for(pool, workers, job.heads * parts, [&](int64_t i) { kernels->attend(job, i / parts, i % parts); });
+  for (int64_t i = 0; i < job.heads * job.queries; ++i) kernels->merge(job, i / job.queries, i % job.queries);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace qwix
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_attention, qwix::attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("kernels"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_matmul, qwix::matmul,
                               xla::ffi::Ffi::Bind()
@@ -307,7 +308,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_matmul, qwix::matmul,
 
 // The name of the i-th best kernels that this CPU runs, or null.
 extern "C" const char* qwix_cpu_kernels(int index) {
-  const qwix::Kernels* const* list = qwix::supported_kernels();
-  for (int i = 0; i < index && *list != nullptr; ++i) ++list;
-  return *list == nullptr ? nullptr : (*list)->name;
+  const qwix::Kernels* const kernels = qwix::kernels_at(index);
+  return kernels == nullptr ? nullptr : kernels->name;
 }

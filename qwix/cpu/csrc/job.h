@@ -63,6 +63,28 @@ struct Job {
 inline constexpr int64_t kRowsOfItem = 256;
 inline constexpr int64_t kPanelK = 256;
 
+inline constexpr int64_t kKeysOfPart = 128;
+
+// Queries of one token each against the cached keys and values of their head; see attention.h.
+struct Attention {
+  int64_t heads, queries, size, used, width;  // `queries` of each head; the first `used` of `size` tokens count
+  float scale;
+  Type type;  // of keys and values
+  const float* query;            // (heads, queries, width)
+  const void *keys, *values;     // (heads, size, width)
+  const float *key_scale, *value_scale;  // (heads, size) for int8, else null
+  float* y;                      // (heads, queries, width)
+  float* scratch;                // (heads, parts of size, queries, part_stride)
+
+  int64_t padded_width() const { return (width + 15) / 16 * 16; }
+  int64_t part_stride() const { return padded_width() + 2; }
+  int64_t parts() const { return (size + kKeysOfPart - 1) / kKeysOfPart; }
+  int64_t used_parts() const { return (used + kKeysOfPart - 1) / kKeysOfPart; }
+  float* part(int64_t head, int64_t part, int64_t query) const {
+    return scratch + ((head * parts() + part) * queries + query) * part_stride();
+  }
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -73,6 +95,9 @@ struct Kernels {
   void (*prepare)(const Job&, int64_t begin, int64_t end);
   // Columns of blocks [block, block_end), rows [begin, end) of the output.
   void (*multiply)(const Job&, int64_t block, int64_t block_end, int64_t begin, int64_t end, char* workspace);
+  // One part of the keys of a head, and, after all of them, one query.
+  void (*attend)(const Attention&, int64_t head, int64_t part);
+  void (*merge)(const Attention&, int64_t head, int64_t query);
 };
 
 // Whether `prepare` has anything to do.

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "attention.h"
 #include "job.h"
 
 namespace qwix {
@@ -507,7 +508,7 @@ int64_t workspace_bytes(const Job& job) {
   return job.integer() ? waiting : waiting + kPanelK * kColumns * static_cast<int64_t>(sizeof(float));
 }
 
-constexpr Kernels kKernels = {Simd::kName, row_bytes, workspace_bytes, prepare, multiply};
+constexpr Kernels kKernels = {Simd::kName, row_bytes, workspace_bytes, prepare, multiply, attend, merge};
 
 }  // namespace
 }  // namespace qwix

@@ -1,0 +1,152 @@
+// Attention of one new token to those in a cache: a pass over keys and values, each read once.
+//
+// The keys of a head fall into parts of kKeysOfPart. For each part and query, with s = scale q . k over its keys,
+//
+//     m = max s,    l = sum exp(s - m),    o = sum exp(s - m) v
+//
+// and `merge` puts the parts together (Dao et al., arXiv 2205.14135, section 3.1; its split over keys is
+// Flash-Decoding): softmax(s) v = sum_parts exp(m - M) o / sum_parts exp(m - M) l, M the largest m.
+
+#ifndef QWIX_CPU_ATTENTION_H_
+#define QWIX_CPU_ATTENTION_H_
+
+#include <algorithm>
+#include <cstring>
+
+#include "job.h"
+
+namespace qwix {
+namespace {
+
+// exp(x) for x <= 0, to 2 units in the last place; 0 below -87. The compiler makes a loop over it a loop over vectors.
+inline float exp_of_negative(float x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kShifter = 12582912.0f;
+  const float clamped = x < -87.0f ? -87.0f : x;  // NaN stays
+  const float shifted = clamped * kLog2E + kShifter;
+  const float n = shifted - kShifter;
+  const float r = clamped - n * kLn2High - n * kLn2Low;
+  float p = 1.9875691e-4f;  // the minimax polynomial of Cephes' expf on |r| <= ln(2) / 2
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665795e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 5.0000001e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits + 127u) << 23;  // what `shifted` has in its low bits is n
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+template <Type kType>
+Simd::Floats load_cached(const void* p, int64_t at, int64_t count) {
+  constexpr int64_t kBytes = kType == Type::kF32 ? 4 : kType == Type::kS8 ? 1 : 2;
+  const char* from = static_cast<const char*>(p) + at * kBytes;
+  alignas(64) char filled[16 * kBytes];
+  if (count < 16) {
+    std::memset(filled, 0, sizeof filled);
+    std::memcpy(filled, from, static_cast<size_t>(count * kBytes));
+    from = filled;
+  }
+  if constexpr (kType == Type::kF32) return Simd::fload(reinterpret_cast<const float*>(from));
+  if constexpr (kType == Type::kBF16) return Simd::fload_bf16(reinterpret_cast<const uint16_t*>(from));
+  if constexpr (kType == Type::kF16) return Simd::fload_f16(reinterpret_cast<const uint16_t*>(from));
+  if constexpr (kType == Type::kS8) return Simd::to_float(Simd::iload_s8(reinterpret_cast<const int8_t*>(from)));
+}
+
+inline float sum_of(Simd::Floats v) {
+  alignas(64) float lanes[16];
+  Simd::fstore(lanes, v);
+  for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
+  for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// Up to kQueries queries [query, query + kCount) of a head, keys [begin, end).
+template <Type kType, int kCount>
+void attend_some(const Attention& job, int64_t head, int64_t query, int64_t begin, int64_t end, float* out) {
+  const int64_t width = job.width, count = end - begin;
+  const int64_t first = (head * job.size + begin) * width;
+  const float* q = job.query + (head * job.queries + query) * width;
+  alignas(64) float weights[kCount][kKeysOfPart];
+  for (int64_t t = 0; t < count; ++t) {
+    Simd::Floats sums[kCount];
+    for (auto& sum : sums) sum = Simd::fset(0);
+    for (int64_t i = 0; i < width; i += 16) {
+      const int64_t some = std::min<int64_t>(16, width - i);
+      const Simd::Floats k = load_cached<kType>(job.keys, first + t * width + i, some);
+      for (int j = 0; j < kCount; ++j) sums[j] = Simd::fma(load_cached<Type::kF32>(q, j * width + i, some), k, sums[j]);
+    }
+    const float scale = job.key_scale == nullptr ? job.scale : job.scale * job.key_scale[head * job.size + begin + t];
+    for (int j = 0; j < kCount; ++j) weights[j][t] = scale * sum_of(sums[j]);
+  }
+  for (int j = 0; j < kCount; ++j) {
+    float* result = out + j * job.part_stride();
+    float largest = weights[j][0], total = 0;
+    for (int64_t t = 1; t < count; ++t) largest = weights[j][t] > largest ? weights[j][t] : largest;
+    for (int64_t t = 0; t < count; ++t) weights[j][t] = exp_of_negative(weights[j][t] - largest);
+    for (int64_t t = 0; t < count; ++t) total += weights[j][t];
+    result[0] = largest;
+    result[1] = total;
+    if (job.value_scale != nullptr) {
+      const float* scales = job.value_scale + head * job.size + begin;
+      for (int64_t t = 0; t < count; ++t) weights[j][t] *= scales[t];
+    }
+  }
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t some = std::min<int64_t>(16, width - i);
+    Simd::Floats sums[kCount];
+    for (auto& sum : sums) sum = Simd::fset(0);
+    for (int64_t t = 0; t < count; ++t) {
+      const Simd::Floats v = load_cached<kType>(job.values, first + t * width + i, some);
+      for (int j = 0; j < kCount; ++j) sums[j] = Simd::fma(Simd::fset(weights[j][t]), v, sums[j]);
+    }
+    for (int j = 0; j < kCount; ++j) Simd::fstore(out + j * job.part_stride() + 2 + i, sums[j]);
+  }
+}
+
+template <Type kType>
+void attend_typed(const Attention& job, int64_t head, int64_t part) {
+  const int64_t begin = part * kKeysOfPart, end = std::min(job.used, begin + kKeysOfPart);
+  for (int64_t query = 0; query < job.queries;) {
+    float* out = job.part(head, part, query);
+    switch (std::min<int64_t>(job.queries - query, 4)) {
+      case 1: attend_some<kType, 1>(job, head, query, begin, end, out); query += 1; break;
+      case 2: attend_some<kType, 2>(job, head, query, begin, end, out); query += 2; break;
+      case 3: attend_some<kType, 3>(job, head, query, begin, end, out); query += 3; break;
+      default: attend_some<kType, 4>(job, head, query, begin, end, out); query += 4; break;
+    }
+  }
+}
+
+void attend(const Attention& job, int64_t head, int64_t part) {
+  switch (job.type) {
+    case Type::kF32: return attend_typed<Type::kF32>(job, head, part);
+    case Type::kBF16: return attend_typed<Type::kBF16>(job, head, part);
+    case Type::kF16: return attend_typed<Type::kF16>(job, head, part);
+    case Type::kS8: return attend_typed<Type::kS8>(job, head, part);
+  }
+}
+
+// The output of a query from its parts.
+void merge(const Attention& job, int64_t head, int64_t query) {
+  float* y = job.y + (head * job.queries + query) * job.width;
+  const int64_t parts = job.used_parts();
+  float largest = job.part(head, 0, query)[0], total = 0;
+  for (int64_t p = 1; p < parts; ++p) largest = std::max(largest, job.part(head, p, query)[0]);
+  std::fill(y, y + job.width, 0.0f);
+  for (int64_t p = 0; p < parts; ++p) {
+    const float* part = job.part(head, p, query);
+    const float weight = exp_of_negative(part[0] - largest);
+    total += weight * part[1];
+    for (int64_t i = 0; i < job.width; ++i) y[i] += weight * part[2 + i];
+  }
+  for (int64_t i = 0; i < job.width; ++i) y[i] /= total;
+}
+
+}  // namespace
+}  // namespace qwix
+
+#endif  // QWIX_CPU_ATTENTION_H_
