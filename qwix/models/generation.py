@@ -35,7 +35,7 @@ class Timing:
       prompt_tokens: how long the prompt was.
       prompt_seconds: until its first new token.
       new_tokens: how many tokens came after that one.
-      new_seconds: what they took.
+      new_seconds: what they took, with what the caller did between them.
       compile_seconds: of both programs; 0 where they were there already.
     """
 
@@ -147,19 +147,22 @@ class Decoder:
         self.timing = Timing(prompt_tokens=length, compile_seconds=first[1] + step[1])
         start = time.perf_counter()
         token, cache = first[0](self._state, cache, ids, np.int32(length), settings)
-        last = token.item()
-        self.timing.prompt_seconds = time.perf_counter() - start
         for count in range(limit):
+            # The next step is on its way before this token is read: calling a program of hundreds of arrays takes
+            # milliseconds, in which this one still runs. A stop token makes one step for nothing.
+            following = None
+            if count + 1 < limit:
+                following, cache = step[0](self._state, cache, token, one, settings)
+            last = token.item()
+            seconds = time.perf_counter() - start
+            if count:
+                self.timing.new_tokens, self.timing.new_seconds = count, seconds - self.timing.prompt_seconds
+            else:
+                self.timing.prompt_seconds = seconds
             if last in stop:
                 return
             yield last
-            if count + 1 == limit:
-                return
-            start = time.perf_counter()
-            token, cache = step[0](self._state, cache, token, one, settings)
-            last = token.item()
-            self.timing.new_seconds += time.perf_counter() - start
-            self.timing.new_tokens += 1
+            token = following
 
     def _compiled(self, tokens: int, cache: Any, settings: Any) -> tuple[Any, float]:
         """The program for so many tokens, and the seconds that compiling it took."""

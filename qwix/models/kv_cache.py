@@ -102,8 +102,7 @@ def mix(weights: jax.Array, values: Cached) -> jax.Array:
 def attend(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
     """softmax(query . keys / sqrt(head_dim)) values, of one new token and the first `used` of a cache.
 
-    By a native kernel where there is one (`qwix.cpu`): XLA's CPU backend takes four times as long, as it goes over the
-    whole cache, in several passes.
+    By a native kernel where there is one (`qwix.cpu`): XLA's CPU backend goes over the whole cache, in several passes.
 
     Args:
       query: (batch * heads, queries, head_dim), the queries that share a head of keys.
@@ -121,7 +120,7 @@ def attend(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
 def _attend(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
     products = scores(query, cache.keys) / np.sqrt(query.shape[-1])
     products = jnp.where(jnp.arange(cache.keys.shape[1]) < used, products, jnp.finfo(products.dtype).min)
-    return mix(jax.nn.softmax(products), cache.values)
+    return mix(jax.nn.softmax(products), cache.values).astype(query.dtype)
 
 
 def _attend_natively(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:

@@ -63,6 +63,11 @@ struct Simd {
   static Floats fsub(Floats x, Floats y) {
     return each<Floats>([&](int i) { return x.v[i] - y.v[i]; });
   }
+  static float fsum(Floats x) {
+    float sum = 0;
+    for (float lane : x.v) sum += lane;
+    return sum;
+  }
   static Floats fclamp(Floats x, float low, float high) {
     return each<Floats>([&](int i) { return x.v[i] < low ? low : x.v[i] > high ? high : x.v[i]; });
   }
