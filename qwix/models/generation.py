@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwix.models.kv_cache import KVCache
 from qwix.models.llama import Llama
 
 # Prompts are filled up to a multiple of this, so that prompts of about the same length share a compiled program.
@@ -97,7 +96,7 @@ class Decoder:
 
         def run(state: list[Any], cache: list[Any], ids: jax.Array, used: jax.Array, settings: Any) -> Any:
             """The next token, (1, 1), and the cache after the first `used` of the ids."""
-            kept: KVCache = jax.tree.unflatten(cache_tree, cache)
+            kept: Any = jax.tree.unflatten(cache_tree, cache)
             before, length = kept.length, ids.shape[1]
             # A prompt starts an empty cache and so looks at itself alone.
             read = length if length > 1 else None

@@ -124,11 +124,14 @@ def _attend(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
 
 
 def _attend_natively(query: jax.Array, cache: LayerCache, used: jax.Array) -> jax.Array:
-    keys, values = (
-        (part.qvalue, part.scale.astype(jnp.float32)) if isinstance(part, qarray.QArray) else (part, None)
-        for part in (cache.keys, cache.values)
-    )
-    out = native.attend(query.astype(jnp.float32), *keys, *values, used, scale=query.shape[-1] ** -0.5)
+    def parts(cached: Cached) -> tuple[jax.Array, jax.Array | None]:
+        return (
+            (cached.qvalue, cached.scale.astype(jnp.float32)) if isinstance(cached, qarray.QArray) else (cached, None)
+        )
+
+    (keys, key_scale), (values, value_scale) = parts(cache.keys), parts(cache.values)
+    scale = query.shape[-1] ** -0.5
+    out = native.attend(query.astype(jnp.float32), keys, key_scale, values, value_scale, used, scale=scale)
     return out.astype(query.dtype)
 
 
