@@ -3,7 +3,7 @@
 The public names of the library; everything here is defined in a module of `qwix._src`.
 """
 
-from qwix._src.adapted_model import add_adapter, lora_params, merge_lora, set_adapter
+from qwix._src.adapted_model import add_adapter, init_lora_params, lora_params, merge_lora, set_adapter
 from qwix._src.core.conv_general import conv_general_dilated
 from qwix._src.core.dot import dot
 from qwix._src.core.dot_general import dot_general
@@ -44,6 +44,7 @@ __all__ = [
     "dot",
     "dot_general",
     "einsum",
+    "init_lora_params",
     "lora_params",
     "merge_lora",
     "optimize_for_inference",

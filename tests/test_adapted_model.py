@@ -135,6 +135,26 @@ def test_linen(weight_qtype):
         qwix.merge_lora(model)
 
 
+@pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}, {"use_dora": True}])
+def test_linen_adapters_from_weights(fields):
+    """They are those of the NNX model with the same weights, for PiSSA and LoftQ up to the last bits of the SVD."""
+    x, kernel = normal(4, 32), normal(32, 24, seed=3)
+    rule = {"rank": 4, "alpha": 8.0, "weight_qtype": "nf4", "tile_size": 16} | fields
+    twin = nnx.Linear(32, 24, use_bias=False, rngs=nnx.Rngs(0))
+    twin.kernel[...] = kernel
+    twin = qwix.apply_lora_to_model(twin, qwix.LoraProvider(**rule), x, rngs=nnx.Rngs(0))
+    model = qwix.apply_lora_to_model(nn.Dense(24, use_bias=False), qwix.LoraProvider(**rule))
+    with pytest.raises(ValueError, match="init_lora_params"):
+        model.init(jax.random.key(0), x)
+    params = qwix.init_lora_params(model, {"kernel": kernel}, jax.random.key(0), x)
+    close(model.apply({"params": params}, x), twin(x), atol=1e-3)
+    close(nn.Dense(24, use_bias=False).apply({"params": qwix.merge_lora(model, params)}, x), twin(x), atol=1e-3)
+    if "use_dora" in fields:
+        close(params["kernel_lora_m"], np.linalg.norm(np.asarray(jnp.asarray(twin.kernel)), axis=0))
+        params["kernel_lora_m"] = 2 * params["kernel_lora_m"]
+        close(model.apply({"params": params}, x), 2 * twin(x), atol=1e-3)
+
+
 def test_adapters_are_taken_out_and_put_in():
     x = normal(2, 8)
     linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))

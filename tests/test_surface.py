@@ -30,6 +30,7 @@ ADDED = {
     "QuantizationWarning",
     "add_adapter",
     "apply_recipe",
+    "init_lora_params",
     "lora_params",
     "merge_lora",
     "optimize_for_inference",

@@ -15,6 +15,7 @@ True
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,62 @@ def _linen_lora_params(params: Any) -> dict[str, Any]:
         elif re.search(r"_lora_[abm]$", name):
             result[name] = value
     return result
+
+
+def init_lora_params(
+    model: nn.Module, params: Any, key: jax.Array, *args: Any, quant_stats: Any = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The parameters of a Linen model with adapters, made from trained weights instead of new ones.
+
+    What `apply_lora_to_model` does of itself in NNX: DoRA's magnitudes, and A and B by PiSSA and LoftQ, come from the
+    weights, which are then quantized.
+
+    Args:
+      model: what `apply_lora_to_model` gives.
+      params: pure nested dict of the float parameters.
+      key: for A and B.
+      *args: inputs of the model; shapes are enough.
+      quant_stats: as of `quantize_params`.
+      **kwargs: more inputs, or `method`.
+
+    Raises:
+      ValueError: the model has no adapters, or `params` is not of the model.
+
+    >>> import jax.numpy as jnp, qwix
+    >>> x, key, dense = jnp.ones((1, 8)), jax.random.key(0), nn.Dense(4)
+    >>> params = dense.init(key, x)['params']
+    >>> provider = qwix.LoraProvider(rank=2, alpha=2.0, use_dora=True)
+    >>> sorted(init_lora_params(qwix.apply_lora_to_model(dense, provider), params, key, x))
+    ['bias', 'kernel', 'kernel_lora_a', 'kernel_lora_b', 'kernel_lora_m']
+    """
+    providers = [p for _, p in _providers(model) if isinstance(p, lora.LoraProvider)]
+    if len(providers) != 1:
+        raise ValueError(
+            f"{type(model).__name__} is under {len(providers)} LoraProviders: call apply_lora_to_model once"
+        )
+    (provider,) = providers
+    provider.starts_from_weights = True
+    try:
+        inputs = lambda *arrays: model.init(key, *arrays, **kwargs)  # noqa: E731
+        abstract = jax.eval_shape(inputs, *args)["params"]
+    finally:
+        provider.starts_from_weights = False
+    tree = nnx.traversals.unflatten_mapping(dict(ptq.flatten(params)))
+    draw = nnx.Rngs(params=key).params
+    new: dict[tuple[Any, ...], Any] = {}
+    for keys, rule in provider.linen_rules.items():
+        where = "/".join(map(str, keys))
+        if flax_util.get_value_from_path(tree, keys) is None:
+            raise ValueError(f"{where} is not among the params, and the model has an adapter for it")
+        target = flax_util.unbox(flax_util.get_value_from_path(abstract, keys))
+        replacement = None
+        if isinstance(target, WithAux):
+            replacement = functools.partial(ptq.quantize_like, target=target, where=where)
+        weight = provider.linen_weights[keys]
+        parts = adapters.Addition(weight, weight.adapters[0], rule).parts(tree, keys, replacement, draw)
+        new |= {(*keys[:-1], f"{keys[-1]}_lora_{part}"): value for part, value in parts.items()}
+    result = dict(ptq.flatten(ptq.quantize_params(tree, abstract, quant_stats or {})))
+    return nnx.traversals.unflatten_mapping(result | new)
 
 
 def adapter_names(model: nnx.Module) -> list[str]:
@@ -321,9 +378,9 @@ def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
     flat = dict(ptq.flatten(params))
     result: dict[tuple[Any, ...], Any] = {}
     for keys, boxed in flat.items():
-        if re.search(r"_lora_[ab]$", str(keys[-1])):
+        if re.search(r"_lora_[abm]$", str(keys[-1])):
             continue
-        names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "ab"}
+        names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "abm"}
         if names["a"] not in flat:
             is_quantized = isinstance(flax_util.unbox(boxed), WithAux)
             result[keys] = _linen_float(boxed, _float_of(boxed)) if is_quantized else boxed
@@ -337,7 +394,7 @@ def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
         views = weight.views
         if tuple(value.shape) != weight.stored_shape and views and views[0].kind == "reshape":
             weight = dataclasses.replace(weight, views=views[1:])
-        values = {part: flax_util.unbox(flat[name]) for part, name in names.items()}
+        values = {part: flax_util.unbox(flat[name]) for part, name in names.items() if name in flat}
         out = weight.merged(value, {adapters.DEFAULT: values}).astype(value.dtype)
         result[keys] = _linen_float(boxed, out)
     return nnx.traversals.unflatten_mapping(result)

@@ -266,6 +266,36 @@ class Addition:
         if rngs is None:
             raise ValueError(f"{path} needs random numbers for its adapter: pass rngs=nnx.Rngs(...)")
         owner, name, own_keys = owner_of(model, keys)
+        parts = self.parts(model, keys, replacement, rngs.params if "params" in rngs else rngs)
+        for part, value in parts.items():
+            setattr(owner, self.adapter.attribute(name, part), value)
+        views = self.weight.views
+        if replacement is not None and views and views[0].kind == "reshape":
+            views = views[1:]  # that is done before it is quantized
+        before = getattr(owner, f"{name}_lora", dataclasses.replace(self.weight, views=views, keys=own_keys))
+        setattr(owner, f"{name}_lora", before.with_adapter(self.adapter))
+        if self.adapter.dropout:
+            if not hasattr(owner, "deterministic"):
+                owner.deterministic = False  # what `model.eval()` and `model.train()` set
+            if not hasattr(owner, "lora_rngs"):
+                dropout = nnx.Rngs(dropout=(rngs.dropout if "dropout" in rngs else rngs)())
+                shape = flax_util.unbox(parts["a"]).shape
+                leading = shape[: len(shape) - len(self.weight.factors.a)]
+                owner.lora_rngs = nnx.data(dropout.split(leading) if leading else dropout)
+
+    def parts(
+        self,
+        model: Any,
+        keys: tuple[str | int, ...],
+        replacement: Callable[[Any], WithAux] | None,
+        draw: Callable[[], jax.Array],
+    ) -> dict[str, Any]:
+        """A, B and maybe the magnitude, boxed as the weight at `keys` is; `draw` gives random keys.
+
+        `model` is an NNX model, or the float parameters of a Linen model as a nested dict. If the adapter leaves a
+        residue of the weight, that is put there instead.
+        """
+        path = "/".join(map(str, keys))
         stored = flax_util.get_value_from_path(model, keys)
         boxed = stored.array.qvalue if isinstance(stored, WithAux) else stored
         shape = tuple(boxed.shape)
@@ -278,8 +308,7 @@ class Addition:
         leading = shape[:extra]
         axes = part_axes(self.weight, extra)
         dtype = jnp.dtype(flax_util.unbox(stored).dtype)
-        draw = rngs.params if "params" in rngs else rngs
-        values = {}
+        values: dict[str, Any] = {}
         initializers = {"a": self.rule.lora_a_initializer, "b": self.rule.lora_b_initializer}
         for part, own in zip("ab", self.weight.factors.shapes(self.adapter.rank), strict=True):
             sharding = explicit_sharding(boxed, axes[part], (*leading, *own))
@@ -294,23 +323,11 @@ class Addition:
                     f"{path}: {self.weight.not_mergeable}. Leave use_dora and init_lora_weights out of its rule"
                 )
             values |= self._from_weight(model, keys, path, stored, replacement, extra, dtype, values)
-        for part, value in values.items():
-            setattr(owner, self.adapter.attribute(name, part), boxed_like(boxed, value, axes[part]))
-        views = self.weight.views
-        if replacement is not None and views and views[0].kind == "reshape":
-            views = views[1:]  # that is done before it is quantized
-        before = getattr(owner, f"{name}_lora", dataclasses.replace(self.weight, views=views, keys=own_keys))
-        setattr(owner, f"{name}_lora", before.with_adapter(self.adapter))
-        if self.adapter.dropout:
-            if not hasattr(owner, "deterministic"):
-                owner.deterministic = False  # what `model.eval()` and `model.train()` set
-            if not hasattr(owner, "lora_rngs"):
-                dropout = nnx.Rngs(dropout=(rngs.dropout if "dropout" in rngs else rngs)())
-                owner.lora_rngs = nnx.data(dropout.split(leading) if leading else dropout)
+        return {part: boxed_like(boxed, value, axes[part]) for part, value in values.items()}
 
     def _from_weight(
         self,
-        model: nnx.Module,
+        model: Any,
         keys: tuple[str | int, ...],
         path: str,
         stored: Any,
@@ -412,7 +429,7 @@ def stacked_initializer(
     return jax.device_put(array, sharding["out_sharding"]) if sharding else array
 
 
-def set_at(model: nnx.Module, keys: tuple[Any, ...], value: Any) -> None:
+def set_at(model: Any, keys: tuple[Any, ...], value: Any) -> None:
     """Puts something at a path of a model."""
     holder, key = flax_util.get_value_from_path(model, keys[:-1]), keys[-1]
     if isinstance(key, int) or isinstance(holder, dict):

@@ -61,7 +61,8 @@ class LoraRule(qconfig.QuantizationRule):
       use_dora: train the norm of each output feature's weights apart (arXiv 2402.09353).
       init_lora_weights: None: from the initializers. 'pissa': A and B are the principal part of the weight, and the
         base keeps the rest (arXiv 2404.02948). 'loftq' or 'loftq,<steps>': A and B approximate what the
-        quantization lost, in alternating steps (arXiv 2310.08659, algorithm 1; 5 by default). NNX only.
+        quantization lost, in alternating steps (arXiv 2310.08659, algorithm 1; 5 by default). In Linen, as DoRA, with
+        `init_lora_params`.
 
     >>> LoraRule(module_path='.*attn.*', rank=8, alpha=16.0, weight_qtype='nf4', tile_size=64).rank
     8
@@ -116,6 +117,10 @@ class LoraProvider(boxed_param.BoxedParamProvider):
         self._looked_up: set[tuple[str | int, ...]] = set()
         # keys of a Linen parameter -> what its adapters mean, for the model that ran last
         self.linen_weights: dict[tuple[str | int, ...], AdaptedWeight] = {}
+        # likewise, the rules that they are of
+        self.linen_rules: dict[tuple[str | int, ...], LoraRule] = {}
+        # whether a Linen model is initialized for `init_lora_params`, which makes adapters from its weights
+        self.starts_from_weights = False
         self._adapts_take = any("take" in rule.op_names for rule in self._rules)
 
     def _init_rule(self, rule: qconfig.QuantizationRule) -> qconfig.QuantizationRule:
@@ -304,13 +309,15 @@ class LoraProvider(boxed_param.BoxedParamProvider):
     def _linen_parts(self, found: _Found, weight: AdaptedWeight) -> list[tuple[Adapter, float, dict[str, Any]]]:
         """A and B of a weight of a Linen module, which are created while it is initialized."""
         module, adapter, rule = found.ref.module, found.rule_adapter, found.rule
-        if rule.use_dora or rule.init_lora_weights is not None:
+        needs_weights = rule.use_dora or rule.init_lora_weights is not None
+        if needs_weights and module.is_initializing() and not self.starts_from_weights:
             raise ValueError(
                 f"{found.ref.path}: use_dora and init_lora_weights start from the trained weights, which a Linen model "
-                "has not when it is initialized: use NNX, or leave them out"
+                "has not when it is initialized: call qwix.init_lora_params(model, params, key, ...) instead of init"
             )
         root, _ = self._running_model()
         self.linen_weights[found.ref.keys[len(root) :]] = weight
+        self.linen_rules[found.ref.keys[len(root) :]] = rule
         axes = adapters.part_axes(weight)
         values = {}
         initializers = {"a": rule.lora_a_initializer, "b": rule.lora_b_initializer}
@@ -326,6 +333,10 @@ class LoraProvider(boxed_param.BoxedParamProvider):
 
             name = adapter.attribute(found.ref.name, part)
             values[part] = flax_util.linen_param(module, name, init)
+        if rule.use_dora:
+            shape, dtype = adapters.magnitude_shape(weight.factors), values["a"].dtype
+            name = adapter.attribute(found.ref.name, "m")
+            values["m"] = flax_util.linen_param(module, name, lambda _: jnp.ones(shape, dtype))
         return [(adapter, 1.0, values)]
 
     def _nnx_parts(self, found: _Found, weight: AdaptedWeight) -> list[tuple[Adapter, float, dict[str, Any]]]:
