@@ -193,8 +193,7 @@ def smooth(
       The float model (in Linen its variables), and for each weight that was left as it was, by path, why its scale
       cannot be folded. Weights that share an input share a scale.
     """
-    calibrated, chosen, _ = _calibrated(model, batches, rules, variables)
-    return scaling.smooth(calibrated, chosen)
+    return scaling.smooth(_calibrated(model, batches, rules, variables))
 
 
 def quantize(
@@ -228,20 +227,24 @@ def scale_and_quantize(
     model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_clip: int = 10
 ) -> scaling.Quantized:
     """`quantize`, with the scaled float model that was quantized."""
-    calibrated, chosen, provider = _calibrated(model, batches, rules, variables)
 
-    def quantize_weight(context: calibration.CalibratedQuantContext, w: jax.Array, scale: jax.Array) -> Any:
-        if not n_clip:
+    def blocks_of(context: calibration.CalibratedQuantContext) -> jax.Array:
+        return awq_core.diagonal_blocks(context.calibration_stats["hessian"], context.how)
+
+    def quantize_weight(
+        context: calibration.CalibratedQuantContext, w: jax.Array, scale: jax.Array, blocks: jax.Array | None
+    ) -> Any:
+        if blocks is None:
             return input_scale.quantize_scaled(w, jnp.ones_like(scale), context.how)
-        moments = context.calibration_stats["hessian"] / (scale[:, None] * scale)
-        return awq_core.clip(w, moments, context.how, n_clip)
+        return awq_core.clip(w, awq_core.of_scaled(blocks, scale), context.how, n_clip)
 
-    return scaling.quantize(calibrated, chosen, provider, quantize_weight)
+    calibrated = _calibrated(model, batches, rules, variables, **({"keep": blocks_of} if n_clip else {}))
+    return scaling.quantize(calibrated, quantize_weight)
 
 
-def _calibrated(model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any) -> Any:
-    calibrated = scaling.calibrate(model, batches, AwqCalibrationProvider(rules, second_moments=True), variables)
-    provider = AwqInferenceProvider(rules)
+def _calibrated(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any, **options: Any
+) -> scaling.Calibrated:
     n_grid = max((rule.n_grid for rule in rules if isinstance(rule, AwqRule)), default=1)
 
     def scale_of_site(members: Sequence[scaling.Member]) -> jax.Array:
@@ -255,4 +258,5 @@ def _calibrated(model: Any, batches: Iterable[Any], rules: Sequence[Any], variab
         ]
         return candidates[jnp.argmin(jnp.stack(errors).sum(0))]
 
-    return calibrated, scaling.choose(calibrated, calibrated.weights(provider), scale_of_site), provider
+    observer, provider = AwqCalibrationProvider(rules, second_moments=True), AwqInferenceProvider(rules)
+    return scaling.calibrate(model, batches, observer, provider, scale_of_site, variables=variables, **options)

@@ -26,6 +26,7 @@ of a share of the largest magnitude, the share on a grid below 1 that minimizes 
 e_g H_gg e_g^T.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -131,7 +132,7 @@ def quantize_weight(
         scales = candidates[jnp.argmin(output_errors(w, second_moments, candidates, how))][None]
     if second_moments is None or not n_clip:
         return input_scale.quantize_scaled(w, scales, how), scales
-    return clip(w * scales, second_moments / (scales.T * scales), how, n_clip), scales
+    return clip(w * scales, of_scaled(diagonal_blocks(second_moments, how), scales[0]), how, n_clip), scales
 
 
 def grid(activation_scales: jax.Array, n_grid: int, min_scale: float = 1e-4) -> jax.Array:
@@ -176,6 +177,34 @@ def output_errors(w: jax.Array, second_moments: jax.Array, scales: jax.Array, ho
     return jnp.sum(products * e, (1, 2))
 
 
+def diagonal_blocks(second_moments: jax.Array, how: qarray.HowToQuantize) -> jax.Array:
+    """The blocks on the diagonal of H that `clip` looks at: whole groups, or equal parts of at most 128 columns of one.
+
+    Args:
+      second_moments: H, (in, in).
+      how: of a weight (out, in).
+
+    Returns:
+      (blocks, columns of one, columns of one): little next to H, where that has to be kept.
+
+    >>> how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(0,), tiled_axes={1: 2})
+    >>> diagonal_blocks(jnp.arange(16.0).reshape(4, 4), how).tolist()
+    [[[0.0, 1.0], [4.0, 5.0]], [[10.0, 11.0], [14.0, 15.0]]]
+    """
+    size = second_moments.shape[0]
+    columns = size // qarray.get_scale_shape((1, size), how)[1]
+    block = max(n for n in range(1, min(128, columns) + 1) if columns % n == 0)
+    blocks = size // block
+    diagonal = jnp.arange(blocks)
+    return second_moments.reshape(blocks, block, blocks, block)[diagonal, :, diagonal].astype(jnp.float32)
+
+
+def of_scaled(blocks: jax.Array, scale: jax.Array) -> jax.Array:
+    """`diagonal_blocks` of the inputs of a weight whose columns are multiplied by a scale (in,), which divides them."""
+    scale = scale.reshape(blocks.shape[:2])
+    return blocks / (scale[:, :, None] * scale[:, None, :])
+
+
 @functools.partial(jax.jit, static_argnames=("how", "n_clip", "least"))
 def clip(
     w: jax.Array, second_moments: jax.Array, how: qarray.HowToQuantize, n_clip: int = 10, least: float = 0.5
@@ -187,7 +216,7 @@ def clip(
 
     Args:
       w: (out, in).
-      second_moments: H of its inputs, (in, in).
+      second_moments: H of its inputs, (in, in), or its `diagonal_blocks`.
       how: channelwise on axis 0 or not, tiled on axis 1 or not.
       n_clip: number of shares below 1.
       least: the smallest share.
@@ -201,39 +230,37 @@ def clip(
     Array([[ True]], dtype=bool)
     """
     x = w.astype(jnp.float32)
-    _, groups = qarray.get_scale_shape(x.shape, how)
-    columns = x.shape[1] // groups
-    block = max(n for n in range(1, min(128, columns) + 1) if columns % n == 0)
-    blocks = x.shape[1] // block
-    h = second_moments.astype(jnp.float32).reshape(blocks, block, blocks, block)
-    h = h[jnp.arange(blocks), :, jnp.arange(blocks)]
+    h = second_moments if second_moments.ndim == 3 else diagonal_blocks(second_moments, how)
+    groups = qarray.get_scale_shape(x.shape, how)[1]
+    h = h.reshape(groups, -1, *h.shape[1:])
+    is_by_row = 0 in how.channelwise_axes
+    # Groups in front and rows last: one product with a block of H is a plain matmul, and a row of memory has one share.
+    of_group = dataclasses.replace(how, channelwise_axes=(2,) if is_by_row else (), tiled_axes={})
     shares = jnp.linspace(1, least, n_clip + 1, dtype=jnp.float32)
 
-    def parameters_of(x: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        clipped = {name: value * share for name, value in qarray.calibrate(x, how).items()}
-        return qarray.compute_scale_zero_point(clipped, how.qtype)
+    def best_of(group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        x, h = group  # (blocks, columns of one, rows), (blocks, columns, columns)
+        unclipped = qarray.calibrate(x, of_group)
 
-    def errors(x: jax.Array, share: jax.Array) -> jax.Array:
-        e = (round_trip(x, how, parameters_of(x, share)) - x).reshape(-1, blocks, block).transpose(1, 0, 2)
-        of_blocks = jnp.sum(jnp.matmul(e, h) * e, -1).T
-        rows = x.shape[0] if 0 in how.channelwise_axes else 1
-        return of_blocks.reshape(rows, -1, groups, blocks // groups).sum((1, 3))
+        def parameters_of(share: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            clipped = {name: value * share for name, value in unclipped.items()}
+            return qarray.compute_scale_zero_point(clipped, how.qtype)
 
-    def best_of(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def error(share: jax.Array) -> jax.Array:
+            e = round_trip(x, of_group, parameters_of(share)) - x
+            return jnp.sum(jnp.matmul(h, e) * e, (0, 1) if is_by_row else None, keepdims=True)
+
         def better(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            found = errors(x, share)
+            found = error(share)
             is_better = found < best[0]
             return (jnp.where(is_better, found, best[0]), jnp.where(is_better, share, best[1])), None
 
-        first = errors(x, shares[0])
+        first = error(shares[0])
         (_, best), _ = jax.lax.scan(better, (first, jnp.ones_like(first)), shares[1:])
-        return parameters_of(x, best)
+        return parameters_of(best)
 
-    # Some rows after the others, so that what a share is tried on stays in the cache.
-    chunk = 64 if 0 in how.channelwise_axes and x.shape[0] > 64 else x.shape[0]
-    padded = jnp.pad(x, ((0, -x.shape[0] % chunk), (0, 0)))
-    found = jax.lax.map(best_of, padded.reshape(-1, chunk, x.shape[1]))
-    scale, zero_point = jax.tree.map(lambda p: p.reshape(-1, groups)[: x.shape[0]], found)
+    found = jax.lax.map(best_of, (x.T.reshape(*h.shape[:3], x.shape[0]), h))
+    scale, zero_point = jax.tree.map(lambda p: p.reshape(groups, -1).T, found)
     return qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point).astype(w.dtype)
 
 

@@ -49,8 +49,7 @@ def observe(
     Raises:
       ValueError: there is no batch; or a Linen model came without variables.
     """
-    if isinstance(model, nn.Module) and variables is None:
-        raise ValueError("a Linen model needs variables={'params': ...}")
+    check(model, variables)
     first: Call | None = None
     step = stats = None
     for batch in batches:
@@ -64,6 +63,12 @@ def observe(
     if isinstance(model, nn.Module):
         return stats, first
     return nnx.to_pure_dict(nnx.state(stats, flax_util.QuantStat)), first
+
+
+def check(model: Any, variables: Any) -> None:
+    """Raises ValueError if a Linen model comes without variables."""
+    if isinstance(model, nn.Module) and variables is None:
+        raise ValueError("a Linen model needs variables={'params': ...}")
 
 
 def _observing(model: Any, provider: Any, variables: Any, inputs: Call) -> tuple[Callable[..., Any], Any]:

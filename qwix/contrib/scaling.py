@@ -2,15 +2,17 @@
 
 Both methods choose a scale for the input features of weights, and differ in how. What they share is here:
 
-1. `calibrate` runs the model on the batches, which it reads once and one after the other, under a calibration provider.
-2. `choose` asks the method for the scale of each site (`folding.find_sites`): of all weights with one input at once.
-3. `smooth` folds into the float model what can be folded; the function of the model stays the same.
-4. `quantize` quantizes after that. Scales that could not be folded stay with their weights, and activations take them
+1. `calibrate` reads the batches once. Stage by stage it gets the statistics of some weights, asks the method for the
+   scale of each site (`folding.find_sites`), that is of all weights with one input at once, and lets the statistics go,
+   so that those of all weights are never in memory together.
+2. `smooth` folds into the float model what can be folded; the function of the model stays the same.
+3. `quantize` quantizes after that. Scales that could not be folded stay with their weights, and activations take them
    at inference (`input_scale`).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,71 +23,9 @@ from flax import nnx
 from qwix._src import model as model_lib
 from qwix._src.providers import ptq
 from qwix._src.utils import flax_util
-from qwix.contrib import calibration, folding, input_scale, observing
+from qwix.contrib import calibration, folding, input_scale, observing, segments, sequential
 
 Context = calibration.CalibratedQuantContext
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibrated:
-    """A float model, and what was seen of its activations.
-
-    Attributes:
-      model: NNX or Linen.
-      variables: of a Linen model.
-      inputs: arguments of the first call.
-      stats: pure nested dict.
-      suffix: of the statistics.
-      sites: of the model.
-    """
-
-    model: Any
-    variables: Any
-    inputs: observing.Call
-    stats: Any
-    suffix: str
-    sites: list[folding.Site]
-
-    @property
-    def params(self) -> Any:
-        """The float parameters, as a pure dictionary."""
-        return observing.params_of(self.model, self.variables)
-
-    def weights(self, provider: input_scale.InputScaleProvider) -> dict[folding.Path, list[Context]]:
-        """The weights that have statistics; a stacked one has a context for each layer."""
-        template = ptq.Template(observing.abstract_params(self.model, provider, self.inputs))
-        params, found = dict(ptq.flatten(self.params)), {}
-        for key, stats in ptq.flatten(self.stats, is_leaf=lambda x: "count" in x):
-            if not str(key[-1]).endswith(self.suffix):
-                continue
-            path = (*key[:-1], str(key[-1]).removesuffix(self.suffix))
-            target = template.get(path)
-            rank = jnp.ndim(stats["count"])
-            if rank > 1 or path not in params or not isinstance(target, ptq.WithAux):
-                continue
-            layers = [(flax_util.unbox(params[path]), target, stats)]
-            if rank:
-                layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
-                layers = [
-                    (layers[0][0][i], layer, {name: value[i] for name, value in stats.items()})
-                    for i in range(stats["count"].shape[0])
-                ]
-            contexts = [calibration.extract_calibrated_quant_context(path, *layer) for layer in layers]
-            if None not in contexts:
-                found[path] = [context for context in contexts if context is not None]
-        return found
-
-
-def calibrate(
-    model: Any,
-    batches: Iterable[Any],
-    provider: calibration.SinglePassCalibrationProvider,
-    variables: Any = None,
-) -> Calibrated:
-    """Runs a model on calibration batches, once; see `observing.observe`."""
-    stats, inputs = observing.observe(model, batches, provider, variables)
-    sites = folding.find_sites(model, *inputs[0], variables=variables, **inputs[1])
-    return Calibrated(model, variables, inputs, stats, provider.get_stats_suffix(), sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,36 +57,171 @@ class Member:
 Chosen = list[tuple[folding.Site, jax.Array]]
 
 
-def choose(
-    calibrated: Calibrated,
-    weights: Mapping[folding.Path, Sequence[Context]],
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """A float model, and the scales of its activations.
+
+    Attributes:
+      model: NNX or Linen.
+      variables: of a Linen model.
+      inputs: arguments of the first call.
+      provider: that the quantized model runs under.
+      suffix: of the statistics.
+      chosen: the scale of each site, (*stacked, features).
+      stats: path -> the statistics of the weight, but for matrices.
+      kept: path -> what `keep` made of the weight and its statistics, layer by layer.
+    """
+
+    model: Any
+    variables: Any
+    inputs: observing.Call
+    provider: input_scale.InputScaleProvider
+    suffix: str
+    chosen: Chosen
+    stats: Mapping[folding.Path, Mapping[str, jax.Array]]
+    kept: Mapping[folding.Path, Sequence[Any]]
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Any],
+    observer: calibration.SinglePassCalibrationProvider,
+    provider: input_scale.InputScaleProvider,
     scale_of: Callable[[Sequence[Member]], jax.Array],
-) -> Chosen:
-    """The scale of each site, (*stacked, features).
+    *,
+    variables: Any = None,
+    keep: Callable[[Context], Any] = lambda context: None,
+    by_stage: bool = True,
+) -> Calibrated:
+    """Runs a model on calibration batches, once, and chooses scales.
 
     Args:
-      calibrated: the model.
-      weights: those that get a scale.
+      model: NNX or Linen.
+      batches: see `observing`.
+      observer: takes the statistics.
+      provider: of the quantized model.
       scale_of: the members of a site (of one layer) -> the scale, (features,).
+      variables: Linen only.
+      keep: what `quantize` will need of the statistics of a weight (of one layer).
+      by_stage: see `observe`.
+
+    Raises:
+      ValueError: as `observe`.
     """
-    chosen = []
-    for site in calibrated.sites:
-        paths = [path for path in site.weights if path in weights]
-        if not paths or any(site.weights[p].ids.size != weights[p][0].weight.shape[1] for p in paths):
-            continue
-        layers = [
-            scale_of([Member(context, site, path) for path, context in zip(paths, contexts, strict=True)])
-            for contexts in zip(*(weights[path] for path in paths), strict=True)
-        ]
-        chosen.append((site, jnp.stack(layers) if site.stacked else layers[0]))
-    return chosen
+    inputs, paths, stages = observe(model, batches, observer, variables, by_stage=by_stage)
+    sites = folding.find_sites(model, *inputs[0], variables=variables, **inputs[1])
+    weights = Weights(model, variables, inputs, provider)
+    chosen: Chosen = []
+    stats: dict[folding.Path, Mapping[str, jax.Array]] = {}
+    kept: dict[folding.Path, list[Any]] = {}
+    waiting: dict[folding.Path, list[Context]] = {}  # for the rest of their site
+    for stage in stages:
+        for path, found in stage.items():
+            contexts = weights.contexts(path, found)
+            stats[path] = {n: x for n, x in found.items() if jnp.ndim(x) < jnp.ndim(found["count"]) + 2}
+            if contexts:
+                waiting[path], kept[path] = contexts, [keep(context) for context in contexts]
+        for site in sites:
+            members = [path for path in site.weights if path in waiting]
+            if not members or any(path in paths and path not in stats for path in site.weights):
+                continue
+            of_members = [waiting.pop(path) for path in members]
+            if any(site.weights[c[0].path].ids.size != c[0].weight.shape[1] for c in of_members):
+                continue
+            layers = [scale_of([Member(c, site, c.path) for c in layer]) for layer in zip(*of_members, strict=True)]
+            chosen.append((site, jnp.stack(layers) if site.stacked else layers[0]))
+        in_sites = {path for site in sites for path in site.weights}
+        waiting = {path: contexts for path, contexts in waiting.items() if path in in_sites}
+    return Calibrated(model, variables, inputs, provider, observer.get_stats_suffix(), chosen, stats, kept)
 
 
-def smooth(calibrated: Calibrated, chosen: Chosen) -> tuple[Any, dict[str, str]]:
+Stats = dict[folding.Path, dict[str, jax.Array]]
+
+
+def observe(
+    model: Any,
+    batches: Iterable[Any],
+    observer: calibration.SinglePassCalibrationProvider,
+    variables: Any,
+    *,
+    by_stage: bool,
+) -> tuple[observing.Call, Collection[folding.Path], Iterator[Stats]]:
+    """The statistics of a float model's weights, by path, some weights at a time.
+
+    Args:
+      model, batches, observer, variables: see `calibrate`.
+      by_stage: those of a stage of the model (`sequential`), where weights with one input share them, which is not for
+        an observer whose statistics depend on the rule. Else, and where a model cannot be cut, those of all weights.
+
+    Returns:
+      Arguments of the first call, which weights have statistics, and these.
+
+    Raises:
+      ValueError: there is no batch; a Linen model came without variables; or activations are not finite.
+    """
+    observing.check(model, variables)
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if not first:
+        raise ValueError("no calibration batch: the method needs to see activations")
+    batches, inputs = itertools.chain(first, batches), observing.as_call(first[0])
+    if by_stage:
+        try:
+            runner = sequential.start(model, batches, observer, variables=variables)
+        except segments.CannotCut:
+            batches = itertools.chain(first, batches)
+        else:
+            named = {tuple(map(str, path)): path for path, _ in ptq.flatten(observing.params_of(model, variables))}
+            paths = {named[name] for stage in runner.plan.stages for name in stage}
+            stages = ({named[n]: s for n, s in runner.run_stage(k).items()} for k in range(len(runner.plan.stages)))
+            return inputs, paths, stages
+    tree, _ = observing.observe(model, batches, observer, variables)
+    suffix, found = observer.get_stats_suffix(), {}
+    for key, stats in ptq.flatten(tree, is_leaf=lambda x: "count" in x):
+        if str(key[-1]).endswith(suffix):
+            found[(*key[:-1], str(key[-1]).removesuffix(suffix))] = stats
+    return inputs, found.keys(), iter([found])
+
+
+class Weights:
+    """The weights of a float model as they will be quantized.
+
+    Args:
+      model, variables: NNX, or Linen.
+      inputs: arguments of a call.
+      provider: of the quantized model.
+    """
+
+    def __init__(self, model: Any, variables: Any, inputs: observing.Call, provider: input_scale.InputScaleProvider):
+        self._template = ptq.Template(observing.abstract_params(model, provider, inputs))
+        self._params = dict(ptq.flatten(observing.params_of(model, variables)))
+
+    def contexts(self, path: folding.Path, stats: Mapping[str, jax.Array]) -> list[Context]:
+        """A weight and its statistics, of a stacked one for each layer; none if it will not be quantized by them."""
+        target = self._template.get(path)
+        rank = jnp.ndim(stats["count"])
+        if rank > 1 or path not in self._params or not isinstance(target, ptq.WithAux):
+            return []
+        weight = flax_util.unbox(self._params[path])
+        layers = [(weight, target, stats)]
+        if rank:
+            layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
+            layers = [
+                (weight[i], layer, {name: value[i] for name, value in stats.items()})
+                for i in range(stats["count"].shape[0])
+            ]
+        contexts = [calibration.extract_calibrated_quant_context(path, *layer) for layer in layers]
+        return [context for context in contexts if context is not None] if None not in contexts else []
+
+
+def smooth(calibrated: Calibrated) -> tuple[Any, dict[str, str]]:
     """The float model (in Linen its variables) with the scales that can be folded; why the others cannot, by path."""
-    folded = [(site, scale) for site, scale in chosen if site.reason is None]
+    folded = [(site, scale) for site, scale in calibrated.chosen if site.reason is None]
     unfolded = {
-        "/".join(map(str, path)): site.reason for site, _ in chosen if site.reason is not None for path in site.weights
+        "/".join(map(str, path)): site.reason
+        for site, _ in calibrated.chosen
+        if site.reason is not None
+        for path in site.weights
     }
     return folding.apply_scales(calibrated.model, folded, variables=calibrated.variables), unfolded
 
@@ -166,21 +241,15 @@ class Quantized:
     provider: input_scale.InputScaleProvider
 
 
-def quantize(
-    calibrated: Calibrated,
-    chosen: Chosen,
-    provider: input_scale.InputScaleProvider,
-    quantize_weight: Callable[[Context, jax.Array, jax.Array], Any],
-) -> Quantized:
+def quantize(calibrated: Calibrated, quantize_weight: Callable[[Context, jax.Array, jax.Array, Any], Any]) -> Quantized:
     """Quantizes a model with its scales.
 
     Args:
       calibrated: the model.
-      chosen: the scales.
-      provider: of the quantized model.
-      quantize_weight: (context, scaled weight, scale of its columns) -> QArray (out, in).
+      quantize_weight: (context, scaled weight, scale of its columns, what was kept of it) -> QArray (out, in).
     """
-    smoothed, _ = smooth(calibrated, chosen)
+    smoothed, _ = smooth(calibrated)
+    provider = calibrated.provider
     is_linen = isinstance(calibrated.model, nn.Module)
     model = calibrated.model if is_linen else smoothed
     args, kwargs = calibrated.inputs
@@ -188,33 +257,31 @@ def quantize(
     abstract = quantized
     if is_linen:
         abstract = jax.eval_shape(quantized.init, jax.random.key(0), *args, **kwargs)["params"]
-    scales = {path: (site, scale) for site, scale in chosen for path in site.weights}
+    scales = {path: (site, scale) for site, scale in calibrated.chosen for path in site.weights}
     layer: dict[folding.Path, int] = {}
 
     def quantize_one(context: Context) -> Any:
         path, columns = context.path, context.weight.shape[1]
         i = layer[path] = layer.get(path, -1) + 1
+        kept = calibrated.kept[path][i]
         if path not in scales:
-            array = quantize_weight(context, context.weight, jnp.ones(columns))
+            array = quantize_weight(context, context.weight, jnp.ones(columns), kept)
             return ptq.WithAux(context.restore_shape(array), context.abs_w.how)
         site, scale = scales[path]
         scale = Member(context, site, path).to_columns(scale[i] if site.stacked else scale)
         if site.reason is None:
-            array = quantize_weight(context, context.weight, scale)
+            array = quantize_weight(context, context.weight, scale, kept)
             return ptq.WithAux(context.restore_shape(array), context.abs_w.how)
-        array = quantize_weight(context, (context.weight * scale).astype(context.weight.dtype), scale)
+        array = quantize_weight(context, (context.weight * scale).astype(context.weight.dtype), scale, kept)
         make = provider.weight_type
         return input_scale.with_scale(context, make, array, make.stored_scale(scale))
 
     if not is_linen:  # only these keep a place for a scale
         runtime = {path for path, (site, _) in scales.items() if site.reason is not None}
         _drop_scales(quantized, runtime)
+    stats = {(*path[:-1], f"{path[-1]}{calibrated.suffix}"): found for path, found in calibrated.stats.items()}
     params = calibration.quantize_params_with_calibration(
-        observing.params_of(model, smoothed),
-        abstract,
-        calibrated.stats,
-        calibrated.suffix,
-        quantize_one,
+        observing.params_of(model, smoothed), abstract, calibration.nested(stats), calibrated.suffix, quantize_one
     )
     if is_linen:
         return Quantized((quantized, {**smoothed, "params": params}), smoothed, provider)

@@ -53,6 +53,10 @@ _INLINED = {
 }
 
 
+class CannotCut(ValueError):
+    """A calibrated op is where the model cannot be cut into stages; the message says where."""
+
+
 def marking(provider: calibration.CalibrationProvider) -> calibration.CalibrationProvider:
     """A provider that marks the features which the given one would collect."""
 
@@ -162,7 +166,8 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
       inputs: any pytree of arrays.
 
     Raises:
-      ValueError: no op is calibrated, or one is inside of a loop.
+      ValueError: no op is calibrated.
+      CannotCut: one is inside of a loop.
     """
     closed = jax.make_jaxpr(call)(params, inputs)
     flat = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(*closed.in_avals)
@@ -212,7 +217,7 @@ def _inline(jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[A
         body = equation.params.get(_INLINED.get(equation.primitive.name, ""))
         if body is None:
             if _holds_marks(equation):
-                raise ValueError(
+                raise CannotCut(
                     f"a calibrated op is inside of a {equation.primitive.name}, which cannot be cut into stages: take "
                     "statistics of the float model instead (gptq.quantize_params), or write the layers one by one"
                 )

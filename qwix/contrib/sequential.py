@@ -96,15 +96,9 @@ def quantize(
     >>> result.stages, result.model.kernel.array.qvalue.dtype
     (((('kernel',),),), dtype(int4))
     """
-    source = _Source(model, variables, provider, method)
-    runner = _Runner(source, provider, pair_stats)
-    suffix = provider.get_stats_suffix()
-    for batch in batches:
-        runner.start(*observing.as_call(batch))
-    if not runner.batches:
-        raise ValueError("there is nothing to calibrate with: batches is empty")
-    first = runner.first_call
-    quantized_model, abstract = source.quantized(inference_provider, *first)
+    runner = start(model, batches, provider, variables=variables, method=method, pair_stats=pair_stats)
+    source, suffix = runner.source, provider.get_stats_suffix()
+    quantized_model, abstract = source.quantized(inference_provider, *runner.first_call)
     abstract = abstract if abstract_quantized is None else abstract_quantized
     template = ptq.Template(abstract)
     original = {tuple(map(str, weight.path)): weight for weight in template.weights(source.params)}
@@ -130,6 +124,24 @@ def quantize(
     if isinstance(quantized_model, nnx.Module):
         nnx.update(quantized_model, params)
     return Result(quantized_model, params, plan.stages, calibration.nested(kept))
+
+
+def start(
+    model: nn.Module | nnx.Module,
+    batches: Iterable[Any],
+    provider: calibration.SinglePassCalibrationProvider,
+    *,
+    variables: Mapping[str, Any] | None = None,
+    method: str = "__call__",
+    pair_stats: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = None,
+) -> Runner:
+    """A model cut into stages, with batches at its input; see `quantize` for arguments and errors."""
+    runner = Runner(_Source(model, variables, provider, method), provider, pair_stats)
+    for batch in batches:
+        runner.start(*observing.as_call(batch))
+    if not runner.batches:
+        raise ValueError("there is nothing to calibrate with: batches is empty")
+    return runner
 
 
 class _Source:
@@ -170,8 +182,14 @@ class _Source:
         return model, model
 
 
-class _Runner:
-    """The batches on their way through the segments."""
+class Runner:
+    """The batches on their way through the segments.
+
+    Attributes:
+      source: the model.
+      batches: for each the plan, the values of variables of the model so far quantized, and those of the float one.
+      first_call: arguments of the first batch.
+    """
 
     def __init__(
         self,
@@ -179,12 +197,11 @@ class _Runner:
         provider: calibration.SinglePassCalibrationProvider,
         pair_stats: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None,
     ):
-        self._source, self._provider, self._pair_stats = source, provider, pair_stats
+        self.source, self._provider, self._pair_stats = source, provider, pair_stats
         self._plans: dict[Any, segments.Plan] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._float = dict(segments.leaves(source.params))
         self._current: dict[segments.Path, jax.Array] = {}
-        # (plan, values by variable of the model so far quantized, and of the float one)
         self.batches: list[tuple[segments.Plan, dict[Any, Any], dict[Any, Any] | None]] = []
         self.first_call: tuple[Any, Any] = ((), {})
 
@@ -205,9 +222,9 @@ class _Runner:
                 rest, given = iter(static), iter(arrays)
                 merged = [next(given) if a else next(rest) for a in is_array]
                 args, kwargs = jax.tree.unflatten(structure, merged)
-                return self._source.call(params, args, kwargs)
+                return self.source.call(params, args, kwargs)
 
-            plan = segments.trace(call, self._source.params, arrays)
+            plan = segments.trace(call, self.source.params, arrays)
             if self._plans and plan.stages != self.plan.stages:
                 raise ValueError("batches of different shapes run different ops: calibrate with batches of one shape")
             self._plans[key] = plan

@@ -31,6 +31,7 @@ Weights may have any name and layout, and may be used by dot_general (with all t
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -42,7 +43,7 @@ from flax import nnx
 from qwix._src import nnx_nodes, qconfig
 from qwix._src.core import pytree, qarray
 from qwix._src.providers import ptq
-from qwix.contrib import awq_core, calibration, folding, input_scale, observing, scaling
+from qwix.contrib import awq_core, calibration, folding, input_scale, scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,8 +235,7 @@ def smooth(
     >>> list(left), bool(jnp.allclose(smoothed(x), model(x), atol=1e-5))
     (['up/kernel'], True)
     """
-    calibrated, chosen, _ = _calibrated(model, batches, rules, variables, n_grid)
-    return scaling.smooth(calibrated, chosen)
+    return scaling.smooth(_calibrated(model, batches, rules, variables, n_grid))
 
 
 def quantize(
@@ -258,15 +258,21 @@ def scale_and_quantize(
     model: Any, batches: Iterable[Any], rules: Sequence[Any], *, variables: Any = None, n_grid: int = 0
 ) -> scaling.Quantized:
     """`quantize`, with the smoothed float model that was quantized."""
-    calibrated, chosen, provider = _calibrated(model, batches, rules, variables, n_grid)
-    return scaling.quantize(calibrated, chosen, provider, lambda context, w, _: qarray.quantize(w, context.how))
+    calibrated = _calibrated(model, batches, rules, variables, n_grid)
+    return scaling.quantize(calibrated, lambda context, w, *_: qarray.quantize(w, context.how))
 
 
-def _calibrated(model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any, n_grid: int) -> Any:
-    calibrated = scaling.calibrate(model, batches, SqCalibrationProvider(rules), variables)
-    provider = SqInferenceProvider(rules)
-    scale_of = _scale_of_site if n_grid == 0 else _searching(calibrated, rules, n_grid)
-    return calibrated, scaling.choose(calibrated, calibrated.weights(provider), scale_of), provider
+def _calibrated(
+    model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any, n_grid: int
+) -> scaling.Calibrated:
+    scale_of = _scale_of_site
+    if n_grid:
+        batches = iter(batches)
+        first = list(itertools.islice(batches, 1))
+        batches = itertools.chain(first, batches)
+        scale_of = _searching(model, first, rules, variables, n_grid)
+    observer, provider = SqCalibrationProvider(rules), SqInferenceProvider(rules)
+    return scaling.calibrate(model, batches, observer, provider, scale_of, variables=variables, by_stage=False)
 
 
 def _scale_of_site(members: Sequence[scaling.Member], alpha: Any = None) -> jax.Array:
@@ -315,13 +321,16 @@ _MAX_SAMPLES = 128
 
 
 def _searching(
-    calibrated: scaling.Calibrated, rules: Sequence[Any], n_grid: int
+    model: Any, first: Sequence[Any], rules: Sequence[Any], variables: Any, n_grid: int
 ) -> Callable[[Sequence[scaling.Member]], jax.Array]:
-    """`_scale_of_site` with the alpha of the smallest error; runs the first batch once more."""
+    """`_scale_of_site` with the alpha of the smallest error on samples of the first batch."""
     provider = _SampleProvider(rules)
-    args, kwargs = calibrated.inputs
-    stats, _ = observing.observe(calibrated.model, [kwargs or args], provider, calibrated.variables)
-    sampled = dataclasses.replace(calibrated, stats=stats).weights(SqInferenceProvider(rules))
+    inputs, _, (found,) = scaling.observe(model, first, provider, variables, by_stage=False)
+    weights = scaling.Weights(model, variables, inputs, SqInferenceProvider(rules))
+    sampled = {
+        path: [context.calibration_stats[calibration.SAMPLES] for context in weights.contexts(path, stats)]
+        for path, stats in found.items()
+    }
     layer: dict[folding.Path, int] = {}
 
     def scale_of(members: Sequence[scaling.Member]) -> jax.Array:
@@ -329,9 +338,8 @@ def _searching(
         total = jnp.zeros(n_grid)
         for m in members:
             i = layer[m.path] = layer.get(m.path, -1) + 1
-            x = sampled[m.path][i].calibration_stats[calibration.SAMPLES]
             act = _how_of_activations(provider.rule_of["/".join(map(str, m.path))], m.context.how)
-            total += output_errors(m.context.weight, x, m.to_columns(candidates), m.context.how, act)
+            total += output_errors(m.context.weight, sampled[m.path][i], m.to_columns(candidates), m.context.how, act)
         return candidates[jnp.argmin(total)]
 
     return scale_of

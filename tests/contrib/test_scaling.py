@@ -12,7 +12,7 @@ from flax import nnx
 import qwix
 from qwix._src.core import qarray
 from qwix._src.providers import ptq
-from qwix.contrib import awq, awq_core, input_scale, scaling, smooth_quant
+from qwix.contrib import awq, awq_core, input_scale, smooth_quant
 
 WIDTH = 64
 AWQ = [awq.AwqRule(weight_qtype="int4", tile_size=32)]
@@ -139,7 +139,7 @@ def test_no_batches(block):
     with pytest.raises(ValueError, match="no calibration batch"):
         awq.quantize(block, [], AWQ)
     with pytest.raises(ValueError, match="needs variables"):
-        scaling.calibrate(nn.Dense(2), [], awq.AwqCalibrationProvider(AWQ))
+        awq.quantize(nn.Dense(2), [], AWQ)
 
 
 # --- the search on the error of the output
