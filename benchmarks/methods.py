@@ -1,9 +1,10 @@
 """How long do the calibrated methods take?
 
-GPTQ (int4, groups of 128) and AWQ of a 512 x 512 and GPTQ of a larger matrix: the first call, which compiles, and later
-ones (median). Then a model of four layers, d 512: one batch through the float model, through it with GPTQ's
-calibration, and `gptq.quantize` and `qep.quantize` with four batches. The row "its own FLOPs" is what GPTQ's matmuls
-and factorizations of the larger matrix (5/3 n^3) would take at the measured rate of a float32 matmul.
+GPTQ and AWQ (int4, groups of 128) of a 512 x 512 and of a larger matrix, AWQ with mean magnitudes, and with second
+moments and clipping: the first call, which compiles, and later ones (median). Then a model of four layers, d 512: one
+batch through the float model, through it with GPTQ's calibration, and `gptq.quantize` and `qep.quantize` with four
+batches. The row "its own FLOPs" is what GPTQ's matmuls and factorizations of the larger matrix (5/3 n^3) would take at
+the measured rate of a float32 matmul.
 `--original PYTHON` measures the rows that it can with another interpreter, in whose environment another implementation
 is installed as `qwix`.
 
@@ -11,6 +12,7 @@ is installed as `qwix`.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -43,13 +45,17 @@ def measure_core(size: int, calls: int) -> dict[str, dict[str, float]]:
     how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes={1: 128})
     rows = {}
     for n in filter(None, (512, size)):
+        calls = calls if n == 512 else 1
         w = jax.random.normal(jax.random.key(0), (n, n))
         x = jax.random.normal(jax.random.key(1), (n, 2 * n))
         h = jax.block_until_ready(x @ x.T)
         rows[f"GPTQ {n}"] = seconds(lambda w=w, h=h: jax.tree.leaves(gptq_core.quantize_weight(w, h, how)), calls)
+        scale = jnp.abs(x).mean(axis=1)
         if n == 512:
-            scale = jnp.abs(x).mean(axis=1)
             rows[f"AWQ {n}"] = seconds(lambda w=w, s=scale: jax.tree.leaves(awq_core.quantize_weight(w, s, how)), calls)
+        if size:  # which the original is not asked for, and its AWQ has no second moments
+            awq = functools.partial(awq_core.quantize_weight, w, scale, how, second_moments=h, n_clip=10)
+            rows[f"AWQ with second moments {n}"] = seconds(lambda awq=awq: jax.tree.leaves(awq()), calls)
     if size:
         matmul = jax.jit(lambda a, b: a @ b)
         rate = 2 * size**3 / seconds(lambda: matmul(w, h), calls)["later"]

@@ -42,7 +42,7 @@ class WeightReport:
       bytes_before: of the float parameter.
       bytes_after: as a checkpoint holds it, scales included.
       relative_error: ||W - dequantize(Q)|| / ||W|| in the Frobenius norm, where W is the float weight that the last
-        stage was given; 0 if left in float.
+        stage was given and Q what it made of it; 0 if left as it was.
     """
 
     path: str
@@ -55,7 +55,7 @@ class WeightReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a recipe did to a model: the weights that were quantized, and those left in float."""
+    """What a recipe did to a model: the weights that were quantized or pruned, and those left as they were."""
 
     recipe: Recipe
     weights: tuple[WeightReport, ...]
@@ -136,6 +136,7 @@ def _apply(
     """The float model whose weights the last stage quantizes, and what it makes of that."""
     stages = tuple(stages)
     batches = _Batches(calibration, keep=sum(methods.needs_data(stage["method"]) for stage in stages) > 1)
+    reference = model
     for stage in stages:
         job = methods.Job(model, recipe.rules, inputs, batches, track)
         try:
@@ -144,7 +145,8 @@ def _apply(
             raise RecipeError(f"recipe {recipe.name!r}: {stage['method']}: {error}") from error
         except (ValueError, TypeError) as error:
             raise RecipeError(f"recipe {recipe.name!r}: {stage['method']} does not fit this model: {error}") from error
-    return job.reference, _quantize_tables(model, recipe, inputs)
+        reference = job.reference
+    return reference, _quantize_tables(model, recipe, inputs)
 
 
 class _Batches:
@@ -259,6 +261,7 @@ def _quantize_linen_tables(model: LinenModel, replacement: Callable[..., Any], i
 
 def _report(model: Any, prepared: Any, quantized: Any, recipe: Recipe) -> Report:
     sizes = checkpoint.stored_bytes(quantized.variables["params"] if isinstance(quantized, LinenModel) else quantized)
+    prunes = not methods.quantizes(recipe.stages[-1]["method"])
     weights, in_float = [], []
     for name, value, before, now in _parameters(model, prepared, quantized):
         entry = WeightReport(
@@ -276,6 +279,8 @@ def _report(model: Any, prepared: Any, quantized: Any, recipe: Recipe) -> Report
             error = _relative_error(*(jnp.asarray(x).reshape(value.shape) for x in (now, before)))
             qtype_name = qtype if isinstance(qtype, str) else jnp.dtype(qtype).name
             weights.append(dataclasses.replace(entry, format=qtype_name, relative_error=error))
+        elif prunes and (error := _relative_error(now, before)):
+            weights.append(dataclasses.replace(entry, relative_error=error))
         else:
             in_float.append(entry)
     if not weights:

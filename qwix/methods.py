@@ -29,7 +29,18 @@ from qwix._src import model as model_lib
 from qwix._src import qconfig
 from qwix._src.providers import ptq
 
-__all__ = ["Job", "LinenModel", "RecipeError", "check_settings", "method", "names", "needs_data", "quantizes", "run"]
+__all__ = [
+    "Job",
+    "LinenModel",
+    "RecipeError",
+    "check_settings",
+    "may_end",
+    "method",
+    "names",
+    "needs_data",
+    "quantizes",
+    "run",
+]
 
 
 class RecipeError(ValueError):
@@ -53,6 +64,7 @@ class LinenModel(NamedTuple):
 class _Method:
     run: Callable[..., Any]
     quantizes: bool
+    may_end: bool
     needs_data: bool
     structure: str | None
     settings: type[msgspec.Struct]
@@ -62,13 +74,19 @@ _METHODS: dict[str, _Method] = {}
 
 
 def method(
-    name: str, *, quantizes: bool = True, needs_data: bool = False, structure: str | None = None
+    name: str,
+    *,
+    quantizes: bool = True,
+    may_end: bool = False,
+    needs_data: bool = False,
+    structure: str | None = None,
 ) -> Callable[..., Any]:
     """Registers a function of a `Job` as a method for recipes; see the module's docstring.
 
     Args:
       name: what recipes call it.
-      quantizes: whether it may be a recipe's last stage; otherwise it prepares a float model.
+      quantizes: whether it is a recipe's last stage; otherwise it prepares a float model.
+      may_end: whether it may be the last one though it quantizes nothing, as pruning may.
       needs_data: whether it reads `Job.batches`.
       structure: a method whose result has the same arrays, but for their values, and which can be traced by
         `nnx.eval_shape`; "" if the result has those of the model that it is given. None: the method itself.
@@ -82,7 +100,7 @@ def method(
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         ]
         settings = msgspec.defstruct(f"{name} settings", fields, forbid_unknown_fields=True)
-        _METHODS[name] = _Method(function, quantizes, needs_data, structure, settings)
+        _METHODS[name] = _Method(function, quantizes, may_end, needs_data, structure, settings)
         return function
 
     return register
@@ -102,6 +120,11 @@ def _get(name: str) -> _Method:
 def quantizes(name: str) -> bool:
     """Whether a method quantizes, and so comes last; otherwise it prepares."""
     return _get(name).quantizes
+
+
+def may_end(name: str) -> bool:
+    """Whether a method may come last."""
+    return _get(name).quantizes or _get(name).may_end
 
 
 def needs_data(name: str) -> bool:
@@ -305,6 +328,7 @@ def _qep(
     damping: float = 0.01,
     act_order: bool = True,
     scale_search: int = 20,
+    keep_zeros: bool = True,
 ) -> Any:
     from qwix.contrib import qep
 
@@ -317,6 +341,7 @@ def _qep(
         gptq_damping_factor=damping,
         act_order=act_order,
         scale_search=scale_search,
+        keep_zeros=keep_zeros,
     )
     return job.finished(result.model, result.params)
 
@@ -358,14 +383,14 @@ def _prune(job: Job, prune: Callable[..., Any], n: int, m: int, prune_rate: floa
     return job.prepared(prune(job.float_module, rules, job.raw_batches(), variables=job.variables), {})
 
 
-@method("wanda", quantizes=False, needs_data=True, structure="")
+@method("wanda", quantizes=False, may_end=True, needs_data=True, structure="")
 def _wanda(job: Job, *, n: int = 2, m: int = 4, prune_rate: float = 0.5) -> Any:
     from qwix.contrib import wanda
 
     return _prune(job, wanda.prune, n, m, prune_rate)
 
 
-@method("sparsegpt", quantizes=False, needs_data=True, structure="")
+@method("sparsegpt", quantizes=False, may_end=True, needs_data=True, structure="")
 def _sparsegpt(job: Job, *, n: int = 2, m: int = 4, prune_rate: float = 0.5) -> Any:
     from qwix.contrib import sparsegpt
 

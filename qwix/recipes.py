@@ -1,9 +1,9 @@
 """Recipes: quantization as data.
 
 A recipe lists stages, each a method with its settings, and rules. The stages before the last one change the
-float model and not what it computes (rotation, smoothing); the last one quantizes. Rules say which
-weights get which number format, first match first, with formats by name. All of it is plain data, which
-a YAML or a JSON file holds as well::
+float model and not what it computes (rotation, smoothing), or prune it; the last one quantizes, or prunes.
+Rules say which weights get which number format, first match first, with formats by name. All of it is plain
+data, which a YAML or a JSON file holds as well::
 
     name: mixed
     description: rotated, then GPTQ; attention finer than the rest, the first block in float
@@ -16,8 +16,8 @@ a YAML or a JSON file holds as well::
       - {module_path: .*/attn/.*, weight_qtype: int4, tile_size: 64}
       - {weight_qtype: nf4, tile_size: 64}
 
-A rule without formats leaves what it matches in float. A rule with `op_names: [take]` is for embedding tables
-(`Embed`), whose rows are looked up and not multiplied; without such a rule they stay in float.
+A rule without formats leaves what it matches in float, and unpruned. A rule with `op_names: [take]` is for
+embedding tables (`Embed`), whose rows are looked up and not multiplied; without such a rule they stay in float.
 
 `qwix.apply_recipe` carries a recipe out; `methods.py` has the methods.
 
@@ -92,7 +92,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
       name: what it is called in tables and checkpoints.
       rules: `Rule`s, or dictionaries of their fields; the first that matches an op decides.
       stages: what is done, in order: {"method": a name in `methods.names()`, and its settings}, or just the name. The
-        last one quantizes, those before prepare the float model.
+        last one quantizes or prunes, those before prepare the float model.
       description: one line for people.
 
     Raises:
@@ -116,7 +116,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         stages = tuple(_stage(stage, f"{where}: stages[{i}]") for i, stage in enumerate(self.stages))
         for i, stage in enumerate(stages):
             last = i == len(stages) - 1
-            if methods.quantizes(stage["method"]) != last:
+            if methods.may_end(stage["method"]) < last or methods.quantizes(stage["method"]) > last:
                 what = "prepares a float model, and something has to quantize it after" if last else "has to be last"
                 raise RecipeError(f"{where}: stages[{i}]: {stage['method']} {what}")
         msgspec.structs.force_setattr(self, "rules", rules)

@@ -411,3 +411,16 @@ def test_weight_only_is_the_float_model_with_rounded_weights(tiny_bert):
     result, _ = qwix.apply_recipe(model, "int4-g32", ids, mask)
     np.testing.assert_allclose(run(result, ids, mask), run(rounded, ids, mask), atol=2e-6)
     assert np.abs(run(result, ids, mask) - run(model, ids, mask)).max() > 1e-3
+
+
+def test_pruning_alone():
+    model, x = (
+        nnx.Linear(8, 4, rngs=nnx.Rngs(0)),
+        jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32),
+    )
+    recipe = Recipe("sparse", [{"weight_qtype": "int8"}], ["wanda"])
+    pruned, report = qwix.apply_recipe(model, recipe, x, calibration=[x])
+    assert int((pruned.kernel[...] == 0).sum()) == 16
+    (weight,) = report.weights
+    assert (weight.path, weight.format, weight.bytes_after) == ("kernel", "float32", 128) and weight.relative_error > 0
+    assert applying.template(model, recipe, x).kernel.shape == (8, 4)

@@ -571,7 +571,7 @@ def quantize_weight(
         shape = tuple(target.array.shape)
         weight = quantized_param.reshape_value(weight, shape)
         return _quantize_groups(path, weight, target, stats, quantize_fn, axis=0)
-    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
+    layer = layer_of(target)
     layers = []
     for i in range(stats["count"].shape[0]):
         stats_of_layer = {name: value[i] for name, value in stats.items()}
@@ -580,6 +580,11 @@ def quantize_weight(
             return None
         layers.append(quantized)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers).replace(how=target.how)
+
+
+def layer_of(target: ptq.WithAux, axes: int = 1) -> Any:
+    """A layer of a quantized weight that is stacked along its first axes, without values."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), target)
 
 
 def _quantize_groups(

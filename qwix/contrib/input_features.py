@@ -41,12 +41,14 @@ class Features:
         that the axis is a multiple of it. Groups are numbered in row-major order of these.
       group_of_sample: (samples,) the group of each, where samples are sorted into groups; one that is none counts for
         none.
+      shape: of the parameter as the op sees it: without the axes of layers that a scan or vmap stacked.
     """
 
     ref: provenance.ParamRef
     x: jax.Array
     groups: tuple[int, ...] = ()
     group_of_sample: jax.Array | None = None
+    shape: tuple[int, ...] = ()
 
     def map_groups(self, compute: Callable[[jax.Array], Any]) -> Any:
         """compute((features, samples)) of each group, with the axes `groups` in front of each result's.
@@ -97,17 +99,20 @@ class Use:
           ValueError: features or groups are not whole axes of the stored weight.
         """
         order = _stored_order(self.ref, self.shape, self.axes)
+        inside = max((i for i, view in enumerate(self.ref.views, 1) if view.kind == "map"), default=0)
+        shape = tuple(next((view.in_shape for view in self.ref.views[inside:]), self.shape))
         x = self.x if np.array_equal(order, np.arange(len(order))) else self.x[..., order, :]
         if self.group_of_sample is not None:
             if not per_group:
-                return Features(self.ref, jnp.where(self.group_of_sample >= 0, x, 0))
-            return Features(self.ref, x, self._stored_groups()[0], self.group_of_sample)
+                return Features(self.ref, jnp.where(self.group_of_sample >= 0, x, 0), shape=shape)
+            return Features(self.ref, x, self._stored_groups()[0], self.group_of_sample, shape)
         if not self.group_axes or not per_group:
             # Groups are samples: (groups, features, samples) -> (features, groups * samples).
-            return Features(self.ref, x[0] if len(x) == 1 else jnp.moveaxis(x, 0, 1).reshape(len(order), -1))
+            x = x[0] if len(x) == 1 else jnp.moveaxis(x, 0, 1).reshape(len(order), -1)
+            return Features(self.ref, x, shape=shape)
         groups, group_order = self._stored_groups()
         moved = not np.array_equal(group_order, np.arange(len(group_order)))
-        return Features(self.ref, x[group_order] if moved else x, groups)
+        return Features(self.ref, x[group_order] if moved else x, groups, shape=shape)
 
     def _stored_groups(self) -> tuple[tuple[int, ...], np.ndarray]:
         """The groups along each stored axis, and for each of them which one of `x` it is."""

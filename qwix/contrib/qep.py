@@ -16,12 +16,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
 from qwix._src import qconfig
 from qwix._src.providers import ptq
-from qwix.contrib import calibration, gptq, qep_core, sequential
+from qwix.contrib import calibration, gptq, qep_core, segments, sequential
 
 _SUFFIX = "_qep"
 
@@ -47,12 +48,12 @@ class QepStage:
 
     Attributes:
       index: of the stage, from 0.
-      param_paths: of its weights.
+      param_paths: of its weights; of layers that a scan runs over, with an index at the end.
       module_paths: of the modules that hold them, '/'-joined.
     """
 
     index: int
-    param_paths: tuple[tuple[str, ...], ...]
+    param_paths: tuple[tuple[str | int, ...], ...]
     module_paths: tuple[str, ...]
 
 
@@ -123,7 +124,7 @@ def quantize(
       abstract_quantized: what says how parameters are quantized, see `ptq.quantize_params`; found out if None.
       allow_extra_params: see `ptq.quantize_params`.
       gptq_block_size, gptq_damping_factor: `blocksize` and `percdamp` of `gptq_core.quantize_weight`.
-      **options: its other options, such as `act_order`.
+      **options: its other options, such as `act_order`. With `keep_zeros`, the correction leaves zeros alone as well.
 
     Raises:
       ValueError: as `sequential.quantize`.
@@ -166,7 +167,7 @@ def quantize(
         allow_extra_params=allow_extra_params,
     )
     stages = tuple(
-        QepStage(i, paths, tuple(dict.fromkeys("/".join(path[:-1]) for path in paths)))
+        QepStage(i, paths, tuple(dict.fromkeys("/".join(segments.stem(path)[:-1]) for path in paths)))
         for i, paths in enumerate(result.stages)
     )
     return QepResult(result.model, result.params, result.quant_stats, stages)
@@ -235,5 +236,7 @@ def _quantize_with_context(
             correction_factor=correction_factor,
             damping_factor=damping_factor,
         )
+        if options.get("keep_zeros"):
+            weight = jnp.where(context.weight == 0, 0, weight)
         context = dataclasses.replace(context, weight=weight)
     return gptq.quantize_with_context(context, **options)

@@ -120,11 +120,12 @@ class Ties:
         if ids.shape[axis] == 1:
             return ids
         first = np.take(ids, [0], axis)
-        for a, b in set(zip(np.broadcast_to(first, ids.shape).ravel().tolist(), ids.ravel().tolist(), strict=True)):
-            if a != b:
-                if min(a, b) < 0:
-                    raise Blocked("a part of it is repeated in what carries no scale")
-                self.tie(a, b)
+        differ = first != ids
+        pairs = np.stack([np.broadcast_to(first, ids.shape)[differ], ids[differ]])
+        for a, b in np.unique(pairs, axis=1).T.tolist():
+            if min(a, b) < 0:
+                raise Blocked("a part of it is repeated in what carries no scale")
+            self.tie(a, b)
         return first
 
     def canonical(self, placement: Placement) -> Placement:

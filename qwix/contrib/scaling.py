@@ -10,6 +10,7 @@ Both methods choose a scale for the input features of weights, and differ in how
    at inference (`input_scale`).
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -171,16 +172,27 @@ def observe(
         except segments.CannotCut:
             batches = itertools.chain(first, batches)
         else:
-            named = {tuple(map(str, path)): path for path, _ in ptq.flatten(observing.params_of(model, variables))}
-            paths = {named[name] for stage in runner.plan.stages for name in stage}
-            stages = ({named[n]: s for n, s in runner.run_stage(k).items()} for k in range(len(runner.plan.stages)))
-            return inputs, paths, stages
+            params = ptq.flatten(observing.params_of(model, variables))
+            named: dict[segments.Path, folding.Path] = {tuple(map(str, path)): path for path, _ in params}
+            return inputs, {named[segments.stem(n)] for n in runner.names}, _stages(runner, named)
     tree, _ = observing.observe(model, batches, observer, variables)
     suffix, found = observer.get_stats_suffix(), {}
     for key, stats in ptq.flatten(tree, is_leaf=lambda x: "count" in x):
         if str(key[-1]).endswith(suffix):
             found[(*key[:-1], str(key[-1]).removesuffix(suffix))] = stats
     return inputs, found.keys(), iter([found])
+
+
+def _stages(runner: sequential.Runner, named: Mapping[segments.Path, folding.Path]) -> Iterator[Stats]:
+    """The statistics of each stage; those of layers that a scan runs over together, once all of them are there."""
+    missing: collections.Counter[segments.Path] = collections.Counter(map(segments.stem, runner.names))
+    layers: dict[segments.Path, dict[Any, Any]] = {}
+    for k in range(len(runner.plan.stages)):
+        for name, stats in runner.run_stage(k).items():
+            path = segments.stem(name)
+            layers.setdefault(path, {})[name[len(path) :]] = stats
+        done = [path for path, found in layers.items() if len(found) == missing[path]]
+        yield {named[path]: sequential.stacked(layers.pop(path)) for path in done}
 
 
 class Weights:
@@ -205,7 +217,7 @@ class Weights:
         weight = flax_util.unbox(self._params[path])
         layers = [(weight, target, stats)]
         if rank:
-            layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
+            layer = calibration.layer_of(target)
             layers = [
                 (weight[i], layer, {name: value[i] for name, value in stats.items()})
                 for i in range(stats["count"].shape[0])

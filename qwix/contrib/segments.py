@@ -12,31 +12,47 @@ equal keys (`Segment.key`), so that they share one compiled program.
 
 A weight waits for those whose first use is earlier in the program. Where a later one goes in as well (a tied embedding,
 a layer that is called twice) its float value is what is seen.
+
+A scan is unrolled where calibrated ops are inside: the slices that it takes of a stacked parameter count as parameters,
+whose path is that of the stacked one followed by an int, so that each layer has statistics of its own and waits for
+those before it. A weight that a scan does not run over has one use for each iteration. Under vmap, a weight whose
+layers are stacked has statistics with that axis in front, and they are all in one stage.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
 import numpy as np
-from jax.interpreters import mlir
+from jax import lax
+from jax.interpreters import batching, mlir
 
 from qwix.contrib import calibration, input_features
 
-Path = tuple[str, ...]
+Path = tuple[str | int, ...]  # ints, at the end, are layers of a stacked parameter
 _core = jax.extend.core
 
-# Features of a weight's use, passed on as they are; parameters: path, op_id, groups. A second operand is the group of
-# each sample.
+# Features of a weight's use, passed on as they are; parameters: path, op_id, groups, shape (of the weight as the op
+# sees it), layers (see `_Iteration`). A second operand is the group of each sample.
 marker_p = _core.Primitive("qwix_features")
 marker_p.def_impl(lambda x, *_, **__: x)
 marker_p.def_abstract_eval(lambda x, *_, **__: x)
 mlir.register_lowering(marker_p, lambda ctx, x, *_, **__: [x])
+
+# What an iteration of an unrolled scan takes of an array, x[index]; `loop` is a number of the scan.
+slice_p = _core.Primitive("qwix_slice")
+slice_p.def_impl(lambda x, *, index, loop: x[index])
+slice_p.def_abstract_eval(lambda x, *, index, loop: x.update(shape=x.shape[1:]))
+mlir.register_lowering(
+    slice_p,
+    mlir.lower_fun(lambda x, *, index, loop: lax.index_in_dim(x, index, keepdims=False), multiple_results=False),
+)
 
 # Calls that are nothing but their body, and the parameter that holds it (jax 0.9 and 0.10).
 _INLINED = {
@@ -63,11 +79,27 @@ def marking(provider: calibration.CalibrationProvider) -> calibration.Calibratio
     def mark(features: input_features.Features, op_id: str) -> None:
         operands = [features.x] if features.group_of_sample is None else [features.x, features.group_of_sample]
         path = tuple(map(str, features.ref.keys))
-        marker_p.bind(*operands, path=path, op_id=op_id, groups=features.groups)
+        marks = {"op_id": op_id, "groups": features.groups, "shape": features.shape}
+        marker_p.bind(*operands, path=path, layers=(), **marks)
 
     marker = copy.copy(provider)
     marker._collect = mark  # type: ignore[method-assign]
     return marker
+
+
+def _batch_mark(args: Sequence[Any], dims: Sequence[Any], *, groups: tuple[int, ...], **params: Any) -> Any:
+    """Under vmap: the features of all layers, and the layers as groups in front of the others."""
+    if len(args) > 1:
+        raise CannotCut(
+            f"{'/'.join(params['path'])}, {params['op_id']}: experts under vmap cannot be cut into stages: take "
+            "statistics of the float model instead (gptq.quantize_params)"
+        )
+    x = jax.numpy.moveaxis(args[0], dims[0], 0)
+    marked = marker_p.bind(x.reshape(-1, *x.shape[-2:]) if groups else x, groups=(x.shape[0], *groups), **params)
+    return marked.reshape(x.shape), 0
+
+
+batching.primitive_batchers[marker_p] = _batch_mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +175,28 @@ def leaves(params: Any) -> list[tuple[Path, Any]]:
     return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in found]
 
 
+def stem(path: Path) -> tuple[str, ...]:
+    """The path of a parameter, without which of its layers is meant.
+
+    >>> stem(("up", "kernel", 2))
+    ('up', 'kernel')
+    """
+    return tuple(key for key in path if isinstance(key, str))
+
+
 def array_path(weight: Path, known: Container[Path]) -> Path:
     """Where the array of a weight is among known paths: at the weight's own, or inside of a `WithInputTransform` there.
 
-    >>> array_path(("up", "kernel"), {("up", "kernel", "array")})
-    ('up', 'kernel', 'array')
+    >>> array_path(("up", "kernel", 2), {("up", "kernel", "array", 2)})
+    ('up', 'kernel', 'array', 2)
     """
-    path = weight
-    while path not in known:
-        if len(path) > len(weight) + 2:
-            raise ValueError(f"{'/'.join(weight)} is no parameter of the model")
+    name, layers = stem(weight), weight[len(stem(weight)) :]
+    path = name
+    while (*path, *layers) not in known:
+        if len(path) > len(name) + 2:
+            raise ValueError(f"{'/'.join(map(str, weight))} is no parameter of the model")
         path = (*path, "array")
-    return path
+    return (*path, *layers)
 
 
 def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> Plan:
@@ -167,30 +209,24 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
 
     Raises:
       ValueError: no op is calibrated.
-      CannotCut: one is inside of a loop.
+      CannotCut: one is inside of a loop that is no scan, or its weight is stacked along another axis than the first.
     """
     closed = jax.make_jaxpr(call)(params, inputs)
     flat = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(*closed.in_avals)
     jaxpr = flat.jaxpr
     paths = [path for path, _ in leaves(params)]
-    equations, marks = _without_duplicates(jaxpr.eqns)
+    variables = dict(zip(paths, jaxpr.invars, strict=False))
+    equations, variables = _with_layers(jaxpr.eqns, variables)
+    equations, marks = _without_duplicates(equations, variables)
     if not marks:
         raise ValueError("no op of the model is calibrated: look at the rules' type, module_path and op_names")
-    variables = dict(zip(paths, jaxpr.invars, strict=False))
+    variables = {path: v for path, v in variables.items() if not any(isinstance(key, _Iteration) for key in path)}
     stage_of = _stages(equations, marks, variables)
     segment_of = _segments(equations, marks, stage_of)
     count = max(stage_of.values()) + 1
-    last_use: dict[Any, int] = {}
-    for equation, k in zip(equations, segment_of, strict=True):
-        if k is not None:
-            last_use.update((v, max(last_use.get(v, 0), k)) for v in equation.invars if isinstance(v, _core.Var))
-    segments = []
-    for k in range(count):
-        mine = tuple(e for e, s in zip(equations, segment_of, strict=True) if s == k)
-        segments.append(_segment(mine, tuple(m for m in marks if stage_of[m.path] == k), last_use, k))
-    for k, segment in enumerate(segments):
-        for v in segment.inputs:
-            last_use[v] = max(last_use.get(v, 0), k)
+    parts = [_part(equations, segment_of, marks, stage_of, k) for k in range(count)]
+    last_use = {v: k for k, part in enumerate(parts) for v in _reads(*part)}
+    segments = [_segment(*part, last_use, k) for k, part in enumerate(parts)]
     stages = tuple(tuple(p for p, s in stage_of.items() if s == k) for k in range(count))
     constants = dict(zip(jaxpr.constvars, flat.consts, strict=True))
     return Plan(variables, tuple(jaxpr.invars[len(paths) :]), constants, stages, tuple(segments), last_use)
@@ -210,23 +246,89 @@ def _evaluate(equations: Sequence[Any], environment: dict[Any, Any]) -> None:
         environment.update(zip(equation.outvars, results, strict=True))
 
 
-def _inline(jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The value of a jaxpr, with calls replaced by their bodies."""
+class _Iteration(NamedTuple):
+    """An iteration of the scan of number `loop`."""
+
+    loop: int
+    at: int
+
+
+def _inline(
+    jaxpr: Any,
+    constants: Sequence[Any],
+    args: Sequence[Any],
+    layers: tuple[_Iteration, ...] = (),
+    loops: Iterator[int] | None = None,
+) -> list[Any]:
+    """The value of a jaxpr, with calls replaced by their bodies.
+
+    Args:
+      jaxpr, constants, args: what is evaluated.
+      layers: the iterations of unrolled scans that it is in.
+      loops: numbers for such scans.
+    """
+    loops = itertools.count() if loops is None else loops
     environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *args), strict=True))
     for equation in jaxpr.eqns:
         body = equation.params.get(_INLINED.get(equation.primitive.name, ""))
-        if body is None:
-            if _holds_marks(equation):
-                raise CannotCut(
-                    f"a calibrated op is inside of a {equation.primitive.name}, which cannot be cut into stages: take "
-                    "statistics of the float model instead (gptq.quantize_params), or write the layers one by one"
-                )
+        values = [_read(environment, v) for v in equation.invars]
+        if body is not None:
+            inner, consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
+            results = _inline(inner, consts, values, layers, loops)
+        elif equation.primitive is marker_p:
+            results = [marker_p.bind(*values, **{**equation.params, "layers": (*layers, *equation.params["layers"])})]
+        elif not _holds_marks(equation):
             _evaluate([equation], environment)
             continue
-        values = [_read(environment, v) for v in equation.invars]
-        inner, consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
-        environment.update(zip(equation.outvars, _inline(inner, consts, values), strict=True))
+        elif equation.primitive.name == "scan":
+            results = _unrolled(equation.params, values, layers, loops)
+        else:
+            raise CannotCut(
+                f"a calibrated op is inside of a {equation.primitive.name}, which cannot be cut into stages: take "
+                "statistics of the float model instead (gptq.quantize_params), or write the layers one by one"
+            )
+        environment.update(zip(equation.outvars, results, strict=True))
     return [_read(environment, v) for v in jaxpr.outvars]
+
+
+def _unrolled(
+    params: Mapping[str, Any], values: Sequence[Any], layers: tuple[_Iteration, ...], loops: Iterator[int]
+) -> list[Any]:
+    """The results of a scan, one iteration after the other."""
+    fixed, carried, body, length = params["num_consts"], params["num_carry"], params["jaxpr"], params["length"]
+    constants, carry, xs = values[:fixed], values[fixed : fixed + carried], values[fixed + carried :]
+    loop = next(loops)
+    ys: list[Sequence[Any]] = [()] * length
+    for i in reversed(range(length)) if params["reverse"] else range(length):
+        slices = [slice_p.bind(x, index=i, loop=loop) for x in xs]
+        here = (*layers, _Iteration(loop, i))
+        results = _inline(body.jaxpr, body.consts, [*constants, *carry, *slices], here, loops)
+        carry, ys[i] = results[:carried], results[carried:]
+    return [*carry, *map(jax.numpy.stack, zip(*ys, strict=True))]
+
+
+def _with_layers(
+    equations: Sequence[Any], params: Mapping[Path, Any]
+) -> tuple[list[Any], dict[Path | tuple[Any, ...], Any]]:
+    """The equations but for slices of stacked parameters, and the parameters with these.
+
+    A slice is known by its path with an index at the end, and by that with an `_Iteration`.
+    """
+    variables: dict[Any, Any] = dict(params)
+    path_of: dict[Any, list[Any]] = {v: [path] for path, v in params.items()}
+    same: dict[Any, Any] = {}
+    kept = []
+    for equation in equations:
+        invars = [same.get(v, v) if isinstance(v, _core.Var) else v for v in equation.invars]
+        if equation.primitive is not slice_p or invars[0] not in path_of:
+            kept.append(equation.replace(invars=invars))
+            continue
+        (out,), iteration = equation.outvars, _Iteration(equation.params["loop"], equation.params["index"])
+        for path in path_of[invars[0]]:
+            out = same[equation.outvars[0]] = variables.setdefault((*path, iteration.at), out)
+            variables[(*path, iteration)] = out
+        path_of[out] = [(*path, i) for path in path_of[invars[0]] for i in (iteration.at, iteration)]
+    return kept, variables
 
 
 def _holds_marks(equation: Any) -> bool:
@@ -245,7 +347,7 @@ def _jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def _without_duplicates(equations: Sequence[Any]) -> tuple[list[Any], list[Mark]]:
+def _without_duplicates(equations: Sequence[Any], variables: Mapping[Any, Any]) -> tuple[list[Any], list[Mark]]:
     """The equations without those that compute again what an earlier one did, and the marks in program order."""
     same: dict[Any, Any] = {}
     seen: dict[Hashable, Sequence[Any]] = {}
@@ -253,8 +355,7 @@ def _without_duplicates(equations: Sequence[Any]) -> tuple[list[Any], list[Mark]
     for equation in equations:
         invars = [same.get(v, v) if isinstance(v, _core.Var) else v for v in equation.invars]
         if equation.primitive is marker_p:
-            params = equation.params
-            marks.append(Mark(params["path"], params["op_id"], params["groups"], tuple(invars)))
+            marks.append(_mark(equation.params, invars, variables))
             continue
         key = (equation.primitive, _canonical(equation.params), tuple(map(_operand_key, invars)))
         if equation.effects or key not in seen:
@@ -263,6 +364,25 @@ def _without_duplicates(equations: Sequence[Any]) -> tuple[list[Any], list[Mark]
         else:
             same.update(zip(equation.outvars, seen[key], strict=True))
     return kept, marks
+
+
+def _mark(params: Mapping[str, Any], features: Sequence[Any], variables: Mapping[Any, Any]) -> Mark:
+    """A use of a weight, or of one of its layers where a scan runs over it."""
+    path: tuple[Any, ...] = params["path"]
+    looped: tuple[Any, ...] = array_path(path, variables)
+    for iteration in params["layers"]:
+        if (*looped, iteration) in variables:
+            looped, path = (*looped, iteration), (*path, iteration.at)
+    found, seen, groups = tuple(variables[looped].aval.shape), params["shape"], params["groups"]
+    # Under vmap layers are groups in front of the weight's own, if it has any.
+    stacked = found[: len(found) - len(seen)]
+    if (*stacked, *seen) != found or groups[: len(stacked)] != stacked:
+        raise CannotCut(
+            f"{'/'.join(map(str, path))}, {params['op_id']}: its layers are stacked along another axis than the first, "
+            "or all have the same input, so that it cannot be cut into stages: take statistics of the float model "
+            "instead (gptq.quantize_params)"
+        )
+    return Mark(path, params["op_id"], groups, tuple(features))
 
 
 def _operand_key(v: Any, names: Mapping[Any, Any] | None = None) -> Hashable:
@@ -341,10 +461,39 @@ def _segments(equations: Sequence[Any], marks: Sequence[Mark], stage_of: Mapping
     return result[::-1]
 
 
-def _segment(equations: tuple[Any, ...], marks: tuple[Mark, ...], last_use: Mapping[Any, int], k: int) -> Segment:
+# What makes large values of little ones is done anew in each segment, as the masks of attention that all layers share:
+# carried along, such a value would be in memory once for each batch.
+_EXPANDING = {"broadcast_in_dim", "iota"}
+
+
+def _part(
+    equations: Sequence[Any],
+    segment_of: Sequence[int | None],
+    marks: Sequence[Mark],
+    stage_of: Mapping[Path, int],
+    k: int,
+) -> tuple[tuple[Any, ...], tuple[Mark, ...]]:
+    """The equations of a segment, and its marks."""
+    mine = tuple(mark for mark in marks if stage_of[mark.path] == k)
+    wanted = {v for mark in mine for v in mark.variables}
+    found = []
+    for equation, segment in zip(reversed(equations), reversed(segment_of), strict=True):
+        anew = equation.primitive.name in _EXPANDING and not wanted.isdisjoint(equation.outvars)
+        if anew or (segment == k and equation.primitive.name not in _EXPANDING):
+            found.append(equation)
+            wanted.update(v for v in equation.invars if isinstance(v, _core.Var))
+    return tuple(reversed(found)), mine
+
+
+def _reads(equations: Sequence[Any], marks: Sequence[Mark]) -> list[Any]:
+    """The variables that a segment takes from elsewhere, each once."""
     made = {v for equation in equations for v in equation.outvars}
     read = [v for equation in equations for v in equation.invars] + [v for m in marks for v in m.variables]
-    inputs = tuple(v for v in dict.fromkeys(v for v in read if isinstance(v, _core.Var)) if v not in made)
+    return [v for v in dict.fromkeys(v for v in read if isinstance(v, _core.Var)) if v not in made]
+
+
+def _segment(equations: tuple[Any, ...], marks: tuple[Mark, ...], last_use: Mapping[Any, int], k: int) -> Segment:
+    inputs = tuple(_reads(equations, marks))
     outputs = tuple(v for equation in equations for v in equation.outvars if last_use.get(v, 0) > k)
     names = {v: i for i, v in enumerate(inputs)}
     key = _equations_key(equations, names)
@@ -353,10 +502,10 @@ def _segment(equations: tuple[Any, ...], marks: tuple[Mark, ...], last_use: Mapp
 
 
 def check_finite(stats: Mapping[str, jax.Array], mark: Mark) -> None:
-    """Raises ValueError if a statistic holds NaN or inf."""
+    """Raises ValueError if a statistic holds NaN or inf. Under `eval_shape` there are no values to look at."""
     for name, value in stats.items():
-        if not bool(jax.numpy.isfinite(value).all()):
+        if not isinstance(value, jax.core.Tracer) and not bool(jax.numpy.isfinite(value).all()):
             raise ValueError(
-                f"{'/'.join(mark.path)}, {mark.op_id}: the activations hold NaN or inf, or overflow their {name}: "
-                "calibrate with other inputs, or find the layer that makes them"
+                f"{'/'.join(map(str, mark.path))}, {mark.op_id}: the activations hold NaN or inf, or overflow their "
+                f"{name}: calibrate with other inputs, or find the layer that makes them"
             )

@@ -40,7 +40,7 @@ class Result:
     Attributes:
       model: the quantized model; in Linen, the module, to be called with `params`.
       params: the quantized parameters, as `ptq.quantize_params` returns them.
-      stages: paths of the weights of each stage.
+      stages: paths of the weights of each stage; those of layers that a scan runs over have an index at the end.
       quant_stats: the statistics of each weight, nested as a provider leaves them; empty unless asked for.
     """
 
@@ -102,28 +102,48 @@ def quantize(
     abstract = abstract if abstract_quantized is None else abstract_quantized
     template = ptq.Template(abstract)
     original = {tuple(map(str, weight.path)): weight for weight in template.weights(source.params)}
-    calibrated: dict[Any, ptq.WithAux] = {}
-    kept: dict[Any, Any] = {}
+    found: dict[Any, dict[tuple[int, ...], ptq.WithAux]] = {}  # by layer; of a weight that is not stacked, by ()
+    how: dict[Any, qarray.HowToQuantize] = {}
+    kept: dict[Any, dict[tuple[int, ...], Any]] = {}
     plan = runner.plan
     for k, weights in enumerate(plan.stages):
         stats = runner.run_stage(k)
         for name in weights:
-            path, value, target, _ = original[name]
+            path, value, target, _ = original[segments.stem(name)]
+            layer: Any = name[len(path) :]
             if keep_stats:
-                kept[(*path[:-1], f"{path[-1]}{suffix}")] = stats[name]
+                kept.setdefault((*path[:-1], f"{path[-1]}{suffix}"), {})[layer] = stats[name]
             if not isinstance(target, ptq.WithAux) or not isinstance(target.array, qarray.QArray):
                 continue
+            if layer:
+                value, target = value[layer], calibration.layer_of(target, len(layer))
             quantized = calibration.quantize_weight(path, value, target, stats[name], quantize_weight)
             if quantized is None:
                 continue
-            calibrated[path] = quantized
+            found.setdefault(path, {})[layer], how[path] = quantized, target.how
             if sequential:
                 runner.replace(name, quantized.__jax_array__().reshape(value.shape).astype(value.dtype))
         progress(k + 1, len(plan.stages))
+    calibrated = {path: stacked(layers).replace(how=how[path]) for path, layers in found.items()}
     params = calibration.assemble(source.params, abstract, calibrated, allow_extra_params=allow_extra_params)
     if isinstance(quantized_model, nnx.Module):
         nnx.update(quantized_model, params)
-    return Result(quantized_model, params, plan.stages, calibration.nested(kept))
+    return Result(
+        quantized_model,
+        params,
+        plan.stages,
+        calibration.nested({path: stacked(layers) for path, layers in kept.items()}),
+    )
+
+
+def stacked(layers: Mapping[tuple[Any, ...], Any]) -> Any:
+    """Trees by layer as one tree, in which the axes of layers are in front."""
+    if () in layers:
+        return layers[()]
+    inner: dict[int, dict[tuple[int, ...], Any]] = {}
+    for (i, *rest), tree in layers.items():
+        inner.setdefault(i, {})[tuple(rest)] = tree
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(stacked(inner[i]) for i in sorted(inner)))
 
 
 def start(
@@ -209,6 +229,11 @@ class Runner:
     def plan(self) -> segments.Plan:
         return self.batches[0][0]
 
+    @property
+    def names(self) -> list[segments.Path]:
+        """The weights of all stages."""
+        return [name for stage in self.plan.stages for name in stage]
+
     def start(self, args: Any, kwargs: Any) -> None:
         """Takes a batch in."""
         leaves, structure = jax.tree.flatten((args, kwargs))
@@ -236,7 +261,7 @@ class Runner:
 
     def replace(self, path: segments.Path, value: jax.Array) -> None:
         """From now on a weight has this value; of a transformed one, what is inside of it."""
-        self._current[segments.array_path(path, self._float)] = value
+        self._current[segments.array_path(path, self.plan.params)] = value
 
     def run_stage(self, k: int) -> dict[segments.Path, dict[str, jax.Array]]:
         """Brings every batch to stage k; returns the statistics of its weights."""
@@ -265,9 +290,14 @@ class Runner:
         names = {v: path for path, v in plan.params.items()}
 
         def take(values: Any, params: Mapping[segments.Path, Any]) -> list[Any]:
-            return [params.get(names[v], self._float[names[v]]) if v in names else values[v] for v in segment.inputs]
+            return [self._param(names[v], params) if v in names else values[v] for v in segment.inputs]
 
         return take(values, self._current), None if floats is None else take(floats, {})
+
+    def _param(self, path: segments.Path, replaced: Mapping[segments.Path, Any]) -> jax.Array:
+        name = segments.stem(path)
+        value, layer = self._float[name], path[len(name) :]
+        return replaced[path] if path in replaced else value[layer] if layer else value
 
     @staticmethod
     def _put(plan: segments.Plan, segment: segments.Segment, k: int, values: dict[Any, Any], outputs: Any) -> None:

@@ -265,7 +265,7 @@ def scale_and_quantize(
 def _calibrated(
     model: Any, batches: Iterable[Any], rules: Sequence[Any], variables: Any, n_grid: int
 ) -> scaling.Calibrated:
-    scale_of = _scale_of_site
+    scale_of: Callable[[Sequence[scaling.Member]], jax.Array] = _scale_of_site
     if n_grid:
         batches = iter(batches)
         first = list(itertools.islice(batches, 1))

@@ -83,3 +83,11 @@ def test_linen_and_a_batch_adapter():
     )
     assert [stage.module_paths for stage in result.stages] == [("a",), ("b",)]
     assert result.model.apply({"params": result.params}, x).shape == (64, 4)
+
+
+def test_zeros_are_kept():
+    model, x = Net(), normal(256, 16)
+    zeros = np.asarray(normal(16, 16, seed=3)) < 0
+    model.layers[1].kernel[...] = jnp.where(zeros, 0, model.layers[1].kernel[...])
+    result = qep.quantize(model, [x[:128], x[128:]], rules(), keep_zeros=True)
+    np.testing.assert_array_equal(np.asarray(result.model.layers[1].kernel.array.qvalue[...])[zeros], 0)

@@ -162,3 +162,57 @@ def test_what_cannot_be_done_is_an_error():
             gptq.quantize_with_context,
             qwix.PtqProvider(RULES),
         )
+
+
+class Stacked(nnx.Module):
+    """The blocks of a `Net` under a scan, and then as many side by side under a vmap."""
+
+    def __init__(self):
+        make = nnx.vmap(lambda rngs: Block(rngs))
+        self.blocks, self.heads = make(nnx.Rngs(0).split(3)), make(nnx.Rngs(1).split(2))
+
+    def __call__(self, x):
+        step = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        x = step(x, self.blocks)
+        return nnx.vmap(lambda head, x: head(x), in_axes=(0, 0))(self.heads, jnp.stack([x, -x])).sum(0)
+
+
+class Unstacked(nnx.Module):
+    def __init__(self, stacked):
+        def of(blocks, i):
+            return nnx.merge(nnx.split(Block(nnx.Rngs(0)))[0], jax.tree.map(lambda x: x[i], nnx.state(blocks)))
+
+        self.blocks = nnx.List([of(stacked.blocks, i) for i in range(3)])
+        self.heads = nnx.List([of(stacked.heads, i) for i in range(2)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.heads[0](x) + self.heads[1](-x)
+
+
+def test_layers_under_scan_and_vmap_are_quantized_like_layers_one_by_one():
+    model, batches = Stacked(), [normal(16, 8), normal(16, 8, seed=1)]
+    found, expected = run(model, batches), run(Unstacked(model), batches)
+    assert found.stages[2] == (("blocks", "a", "kernel", 1), ("blocks", "b", "kernel", 1))
+    assert found.stages[-1] == (("heads", "c", "kernel"),)
+    for name in ("blocks", "heads"):
+        for i, block in enumerate(getattr(expected.model, name)):
+            for layer in "abc":
+                weight = getattr(getattr(found.model, name), layer).kernel
+                other = getattr(block, layer).kernel
+                np.testing.assert_array_equal(weight.array.qvalue[i], other.array.qvalue[...], err_msg=f"{name} {i}")
+    np.testing.assert_allclose(found.model(batches[0]), expected.model(batches[0]), rtol=1e-3, atol=1e-4)
+
+
+class LastAxis(nnx.Module):
+    def __init__(self):
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), out_axes=-1)(nnx.Rngs(0).split(3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, -1), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_stacking_that_cannot_be_cut_is_an_error():
+    with pytest.raises(segments.CannotCut, match="layers/kernel, dot_general0: its layers are stacked along another"):
+        run(LastAxis(), [normal(2, 8)])
