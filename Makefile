@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test doctest format format-check lint types check bench sanitize test-lowest clean
+.PHONY: help demo test doctest format format-check lint types check bench sanitize kernels-emulated test-lowest clean
 
 help:
 	@echo 'make demo          quantize a real model with nine recipes and print the table'
@@ -17,6 +17,7 @@ help:
 	@echo 'make check         run all of the above but the demo, as CI does'
 	@echo 'make bench         run the benchmarks that take minutes (quality.py takes hours)'
 	@echo 'make sanitize      run the native kernels with sanitizers'
+	@echo 'make kernels-emulated'; echo '                   run the native kernels of every instruction set, emulated'
 	@echo 'make test-lowest   run the tests with the oldest supported jax, flax and numpy'
 	@echo 'make clean         remove the environments and caches'
 
@@ -54,7 +55,12 @@ bench: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m qwix.cpu.build --sanitize build/sanitized.so
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 QWIX_CPU_LIBRARY=build/sanitized.so $(BIN)/pytest tests/cpu/test_kernels.py
+	    ASAN_OPTIONS=detect_leaks=0 QWIX_CPU_LIBRARY=build/sanitized.so $(BIN)/pytest tests/cpu
+
+# The same tests of the kernels of every instruction set, on SIMDe's functions; needs g++ and libsimde-dev.
+kernels-emulated: $(VENV)/.dev
+	$(BIN)/python -m qwix.cpu.build --emulate build/emulated.so
+	QWIX_CPU_LIBRARY=build/emulated.so $(BIN)/pytest tests/cpu
 
 test-lowest: .venv-lowest/.lowest
 	.venv-lowest/bin/pytest -n $(JOBS)

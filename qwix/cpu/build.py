@@ -5,6 +5,7 @@ other sources or another jaxlib, as after an edit, so that there is nothing to r
 
     python -m qwix.cpu.build                  # into the package, as an installation does
     python -m qwix.cpu.build --sanitize OUT   # with AddressSanitizer and UndefinedBehaviorSanitizer
+    python -m qwix.cpu.build --emulate OUT    # every instruction set, on SIMDe's functions where this CPU lacks it
 """
 
 import argparse
@@ -23,10 +24,15 @@ FLAGS = ("-std=c++17", "-fPIC", "-Wall", "-Wextra")
 
 # The files for one instruction set each: what they are compiled with. A compiler that does not know a flag leaves
 # its file out.
+_AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")
 _X86: dict[str, tuple[str, ...]] = {
-    "avx2": ("-O3", "-mavx2", "-mfma", "-mf16c"),
+    "avx2": _AVX2,
+    "avx_vnni": (*_AVX2, "-mavxvnni"),
+    "avx512_vnni": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
 }
-_ARM: dict[str, tuple[str, ...]] = {}
+_ARM: dict[str, tuple[str, ...]] = {"neon_dotprod": ("-O3", "-march=armv8.2-a+dotprod")}
+# SIMDe (https://github.com/simd-everywhere/simde) has intrinsics of all of them as plain functions.
+_EMULATED: dict[str, tuple[str, ...]] = dict.fromkeys([*_X86, *_ARM], ("-O2", "-w"))
 _MACHINES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "x86_64": ("QWIX_X86", _X86),
     "amd64": ("QWIX_X86", _X86),
@@ -61,13 +67,19 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def compile_library(output: pathlib.Path, include_dir: str | os.PathLike[str], extra: tuple[str, ...] = ()) -> None:
+def compile_library(
+    output: pathlib.Path,
+    include_dir: str | os.PathLike[str],
+    extra: tuple[str, ...] = (),
+    emulated: bool = False,
+) -> None:
     """Compiles the kernels into a shared library.
 
     Args:
       output: the library's path, which appears when it is complete.
       include_dir: that of jaxlib, `jax.ffi.include_dir()`.
       extra: flags for compiling and linking.
+      emulated: every instruction set, for tests; needs SIMDe's headers (libsimde-dev on Debian).
 
     Raises:
       BuildError: there is no compiler, or it fails; the message has the command and the end of its output.
@@ -79,6 +91,9 @@ def compile_library(output: pathlib.Path, include_dir: str | os.PathLike[str], e
         raise BuildError(f"the kernels have been compiled on Linux and macOS only, not on {sys.platform}")
     machine, variants = _MACHINES.get(platform.machine().lower(), ("", {}))
     defines = [f"-D{machine}"] if machine else []
+    if emulated:
+        variants = _EMULATED
+        defines.append("-DQWIX_EMULATED")
     with tempfile.TemporaryDirectory() as scratch:
         objects = pathlib.Path(scratch)
         known = {name: flags for name, flags in variants.items() if _accepts(compiler, flags, objects)}
@@ -88,7 +103,9 @@ def compile_library(output: pathlib.Path, include_dir: str | os.PathLike[str], e
             [*flags, str(SOURCES / f"kernels_{name}.cc"), "-o", str(objects / f"{name}.o")]
             for name, flags in jobs.items()
         ]
-        commands.append(["-O2", str(SOURCES / "ffi.cc"), "-o", str(objects / "ffi.o")])
+        commands += [
+            ["-O2", str(SOURCES / f"{name}.cc"), "-o", str(objects / f"{name}.o")] for name in ("ffi", "registry")
+        ]
         common = [*compiler, *FLAGS, *defines, *extra, "-isystem", os.fspath(include_dir), "-c"]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(lambda command: _run([*common, *command]), commands))
@@ -120,8 +137,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Compile the native CPU kernels of qwix.")
     parser.add_argument("--sanitize", metavar="OUT", help="with sanitizers, to this path")
+    parser.add_argument("--emulate", metavar="OUT", help="with every instruction set, to this path")
     args = parser.parse_args()
-    if args.sanitize:
+    if args.emulate:
+        compile_library(pathlib.Path(args.emulate), jax.ffi.include_dir(), emulated=True)
+    elif args.sanitize:
         extra = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
         compile_library(pathlib.Path(args.sanitize), jax.ffi.include_dir(), extra)
     else:

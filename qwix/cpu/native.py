@@ -136,14 +136,13 @@ def matmul(
     none = np.zeros((0,), np.float32)
     rows = x.shape[0]
     padded_k = x.shape[1] // tile * (-(-tile // 8) * 8)
-    # The rows of x as the kernels want them: floats, or codes of up to 2 bytes; and two numbers for each tile.
-    row_bytes = padded_k * (4 if mode == FLOAT else 2) + x.shape[1] // tile * 8
-    as_it_is = mode == FLOAT and x.dtype == np.float32 and padded_k == x.shape[1] and zeros is None
+    # The rows of x as the kernels want them: floats, or codes with a header; and two numbers for each tile.
+    row_bytes = padded_k * (4 if mode == FLOAT else 3) + 128 + x.shape[1] // tile * 8
     call = jax.ffi.ffi_call(
         MATMUL,
         [
             jax.ShapeDtypeStruct((rows, leads * columns), dtype),
-            jax.ShapeDtypeStruct((0 if as_it_is else rows * row_bytes,), np.uint8),
+            jax.ShapeDtypeStruct((rows * row_bytes,), np.uint8),
         ],
         vmap_method="expand_dims",
     )

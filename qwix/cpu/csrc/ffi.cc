@@ -10,35 +10,6 @@
 #include "threads.h"
 
 namespace qwix {
-
-#if defined(QWIX_X86)
-namespace {
-// Whether the operating system saves the registers (bits of XCR0) that an instruction set uses.
-bool saves(unsigned mask) {
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low & mask) == mask;
-}
-}  // namespace
-#endif
-
-const Kernels* const* supported_kernels() {
-  static const Kernels* list[8] = {};
-  static const bool filled = [] {
-    const Kernels** next = list;
-#if defined(QWIX_X86)
-    __builtin_cpu_init();
-#if defined(QWIX_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && saves(6)) *next++ = &avx2_kernels();
-#endif
-#endif
-    *next++ = &portable_kernels();
-    return true;
-  }();
-  static_cast<void>(filled);
-  return list;
-}
-
 namespace {
 
 // The i-th best kernels that this CPU runs, or null.
@@ -95,8 +66,9 @@ struct Operand {
 };
 
 void run(Job& job, const Kernels& kernels, ffi::ThreadPool& pool, int64_t workers) {
+  const int64_t most = kernels.most_rows(job);  // items have multiples of it
   if (needs_prepare(job)) {
-    const int64_t rows = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, job.k));
+    const int64_t rows = (std::max<int64_t>(1, 16384 / std::max<int64_t>(1, job.k)) + most - 1) / most * most;
     parallel_for(pool, workers, (job.m + rows - 1) / rows, [&](int64_t item) {
       kernels.prepare(job, item * rows, std::min(job.m, (item + 1) * rows));
     });
@@ -108,8 +80,8 @@ void run(Job& job, const Kernels& kernels, ffi::ThreadPool& pool, int64_t worker
   int64_t blocks = std::clamp<int64_t>(32768 / std::max<int64_t>(1, cost), 1, all_blocks);
   if (workers > 1) blocks = std::clamp<int64_t>(all_blocks / (8 * workers), blocks, std::max<int64_t>(blocks, 64));
   const int64_t columns = (all_blocks + blocks - 1) / blocks;
-  int64_t rows = std::min(job.m, kRowsOfItem);
-  if (columns < 2 * workers && job.m > 64) rows = 64;
+  int64_t rows = kRowsOfItem / most * most;
+  if (columns < 2 * workers && job.m > 64) rows = 64 / most * most;
   const int64_t items = columns * ((job.m + rows - 1) / rows);
   parallel_for(pool, workers, items, [&](int64_t item) {
     const int64_t block = item % columns * blocks, row = item / columns * rows;
@@ -195,8 +167,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer,
   job.row_stride = kernels.row_bytes(job);
   char* rows = static_cast<char*>(scratch_buffer->untyped_data());
   const int64_t row_data = x_items * job.row_stride, tile_data = x_items * job.tiles * 4;
-  if (static_cast<int64_t>(scratch_buffer->size_bytes()) < row_data + 2 * tile_data ||
-      kernels.workspace_bytes(job) > kWorkspaceBytes) {
+  if (static_cast<int64_t>(scratch_buffer->size_bytes()) < row_data + 2 * tile_data) {
     return invalid("too little scratch memory");
   }
   job.row_scale = reinterpret_cast<float*>(rows + row_data);

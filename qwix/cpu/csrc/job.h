@@ -48,7 +48,7 @@ struct Job {
   const float* bias;     // (leads, n) or null
   void* y;               // (m, leads, n)
   Type y_type;
-  // Scratch: what `prepare` writes and `multiply` reads. `rows` may be x itself.
+  // Scratch: what `prepare` writes and `multiply` reads. `rows` may be x itself, if it `needs_prepare` not.
   char* rows;
   int64_t row_stride;  // bytes
   float* row_scale;    // (m, tiles)
@@ -60,8 +60,8 @@ struct Job {
   int64_t block_bytes() const { return tiles * steps_of_tile() * kStepBytes; }
 };
 
-inline constexpr int64_t kRowsOfItem = 256;
-inline constexpr int64_t kPanelK = 256;
+inline constexpr int64_t kRowsOfItem = 128;             // at most, in one call of `multiply`
+inline constexpr int64_t kWorkspaceBytes = 160 * 1024;  // that it is given
 
 inline constexpr int64_t kKeysOfPart = 128;
 
@@ -88,21 +88,22 @@ struct Attention {
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
-  // Bytes of a prepared row (a multiple of 4), of the workspace of a thread.
+  // How many rows are multiplied at once: `begin` and `end` are multiples of it below, or the end that of the rows.
+  int64_t (*most_rows)(const Job&);
+  // Bytes of a prepared row, a multiple of 4.
   int64_t (*row_bytes)(const Job&);
-  int64_t (*workspace_bytes)(const Job&);
   // Rows [begin, end) of x into `rows`, `row_scale` and `row_sum`.
   void (*prepare)(const Job&, int64_t begin, int64_t end);
-  // Columns of blocks [block, block_end), rows [begin, end) of the output.
+  // Columns of blocks [block, block_end), rows [begin, end) of the output, of which there are at most kRowsOfItem.
   void (*multiply)(const Job&, int64_t block, int64_t block_end, int64_t begin, int64_t end, char* workspace);
   // One part of the keys of a head, and, after all of them, one query.
   void (*attend)(const Attention&, int64_t head, int64_t part);
   void (*merge)(const Attention&, int64_t head, int64_t query);
 };
 
-// Whether `prepare` has anything to do.
+// Whether `prepare` has anything to do: a single row of floats lies as it is read.
 inline bool needs_prepare(const Job& job) {
-  return job.integer() || job.x_type != Type::kF32 || job.padded_tile != job.tile || job.zeros != nullptr;
+  return job.m > 1 || job.integer() || job.x_type != Type::kF32 || job.padded_tile != job.tile || job.zeros != nullptr;
 }
 
 }  // namespace qwix

@@ -7,11 +7,12 @@
 
 namespace qwix {
 
-const Kernels& portable_kernels();
-// build.py defines those that the compiler knows.
-#if defined(QWIX_AVX2)
+// build.py defines the names of those that are compiled.
+const Kernels& avx512_vnni_kernels();
+const Kernels& avx_vnni_kernels();
 const Kernels& avx2_kernels();
-#endif
+const Kernels& neon_dotprod_kernels();
+const Kernels& portable_kernels();
 
 // Those that this CPU runs, best first; the last are the portable ones, then null.
 const Kernels* const* supported_kernels();

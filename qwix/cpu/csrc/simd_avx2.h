@@ -1,6 +1,7 @@
-// The vector layer on AVX2, FMA and F16C: see simd_portable.h for what each name means.
+// The vector layer on AVX2, FMA and F16C, and, where the including file defines QWIX_LAYER_AVX_VNNI, on the byte dot
+// product of AVX-VNNI: see simd_portable.h for what each name means.
 
-#include <immintrin.h>
+#include "intrinsics_x86.h"
 
 #include <cstdint>
 #include <cstring>
@@ -11,8 +12,13 @@ namespace qwix {
 namespace {
 
 struct Simd {
+#if defined(QWIX_LAYER_AVX_VNNI)
+  static constexpr const char* kName = "avx_vnni";
+#else
   static constexpr const char* kName = "avx2";
+#endif
   static constexpr int kRows = 4;
+  static constexpr int kFewRows = 4;
   static constexpr int kPanelRows = 6;
 
   struct Floats { __m256 a, b; };
@@ -83,24 +89,20 @@ struct Simd {
   static Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   static Ints round(Floats v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 
-  // 16 codes of an activation, as `Dot` wants them: int8, or (wide) int16 in the order 0 2 1 3 of each group.
-  template <bool kWide>
   static void store_codes(char* p, Ints v) {
     // packs works on halves of 128 bits: 0-3 8-11 | 4-7 12-15.
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
-    if constexpr (kWide) {
-      const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
-                                             0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, order));
-    } else {
-      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-    }
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }
 
   static Bytes load_bytes(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  static void store_bytes(uint8_t* p, Bytes v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v.b);
   }
   static Bytes low_nibbles(Bytes v) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -155,29 +157,78 @@ struct Simd {
     return {half(v.a), half(v.b)};
   }
 
-  // Sums of products of codes and activations. kWide: codes of 8 bits, else up to 24.
-  template <bool kWide>
+  static __m256i four(const char* act) {
+    int32_t group;
+    std::memcpy(&group, act, 4);
+    return _mm256_set1_epi32(group);
+  }
+
+#if defined(QWIX_LAYER_AVX_VNNI)
+  template <bool kFull>
+  struct Dot {
+    static constexpr int64_t kGroupBytes = 4;
+    static constexpr bool kSaturates = false;
+    static constexpr int kChains = 4;  // vpdpbusd takes 4 or 5 cycles, and there are two a row
+    static constexpr int32_t kOffset = 0;
+    static constexpr int64_t kFlushGroups = INT64_MAX / 8;
+    using Partial = Ints;
+    static Partial zero() { return iset(0); }
+    static void add(Partial& p, Bytes codes, const char* act) {
+      const __m256i g = four(act);
+      p.a = _mm256_dpbusd_avx_epi32(p.a, codes.a, g);
+      p.b = _mm256_dpbusd_avx_epi32(p.b, codes.b, g);
+    }
+    static Ints sums(Partial p) { return p; }
+  };
+};
+#else
+  template <bool kFull>
   struct Dot;
 };
 
-// vpmaddubsw would saturate on codes of 8 bits, so that they are widened; no time is lost, as it would need a
-// second multiplication (vpmaddwd by ones), and this is one of two on half as many.
+// Of codes of 8 bits, with activations of which no pair makes vpmaddubsw saturate.
 template <>
 struct Simd::Dot<true> {
-  static constexpr bool kWideActs = true;
+  static constexpr int64_t kGroupBytes = 4;
+  static constexpr bool kSaturates = true;
+  static constexpr int kChains = 1;
+  static constexpr int32_t kOffset = 0;
   static constexpr int64_t kFlushGroups = INT64_MAX / 8;
   using Partial = Ints;
   static Partial zero() { return iset(0); }
   static void add(Partial& p, Bytes codes, const char* act) {
-    int32_t even, odd;
-    std::memcpy(&even, act, 4);
-    std::memcpy(&odd, act + 4, 4);
-    const __m256i mask = _mm256_set1_epi16(0xff);
-    const __m256i e = _mm256_set1_epi32(even), o = _mm256_set1_epi32(odd);
-    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_and_si256(codes.a, mask), e));
-    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_and_si256(codes.b, mask), e));
-    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_srli_epi16(codes.a, 8), o));
-    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_srli_epi16(codes.b, 8), o));
+    const __m256i g = four(act), ones = _mm256_set1_epi16(1);
+    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, g), ones));
+    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, g), ones));
+  }
+  static Ints sums(Partial p) { return p; }
+
+  struct Widened;
+  // 4 codes in int16, in the order 0 2 1 3; `to` may be `from`.
+  static void widen(char* to, const char* from) {
+    int32_t group;
+    std::memcpy(&group, from, 4);
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i words = _mm_shuffle_epi8(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(group)), order);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), words);
+  }
+};
+
+// Of any, widened: products in 16 bits, of the even bytes and of the odd ones.
+struct Simd::Dot<true>::Widened {
+  static constexpr int64_t kGroupBytes = 8;
+  static constexpr bool kSaturates = false;
+  static constexpr int kChains = 1;
+  static constexpr int32_t kOffset = 0;
+  static constexpr int64_t kFlushGroups = INT64_MAX / 8;
+  using Partial = Ints;
+  static Partial zero() { return iset(0); }
+  static void add(Partial& p, Bytes codes, const char* act) {
+    const __m256i mask = _mm256_set1_epi16(0xff), even = four(act), odd = four(act + 4);
+    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_and_si256(codes.a, mask), even));
+    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_and_si256(codes.b, mask), even));
+    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_srli_epi16(codes.a, 8), odd));
+    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_srli_epi16(codes.b, 8), odd));
   }
   static Ints sums(Partial p) { return p; }
 };
@@ -186,14 +237,15 @@ struct Simd::Dot<true> {
 // those; of codes up to 24 they hold 5.
 template <>
 struct Simd::Dot<false> {
-  static constexpr bool kWideActs = false;
+  static constexpr int64_t kGroupBytes = 4;
+  static constexpr bool kSaturates = false;
+  static constexpr int kChains = 1;
+  static constexpr int32_t kOffset = 0;
   static constexpr int64_t kFlushGroups = 8;
   struct Partial { __m256i a, b; };
   static Partial zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static void add(Partial& p, Bytes codes, const char* act) {
-    int32_t group;
-    std::memcpy(&group, act, 4);
-    const __m256i g = _mm256_set1_epi32(group);
+    const __m256i g = four(act);
     p.a = _mm256_add_epi16(p.a, _mm256_maddubs_epi16(codes.a, g));
     p.b = _mm256_add_epi16(p.b, _mm256_maddubs_epi16(codes.b, g));
   }
@@ -202,6 +254,7 @@ struct Simd::Dot<false> {
     return {_mm256_madd_epi16(p.a, ones), _mm256_madd_epi16(p.b, ones)};
   }
 };
+#endif
 
 }  // namespace
 }  // namespace qwix

@@ -13,8 +13,10 @@ namespace {
 
 struct Simd {
   static constexpr const char* kName = "portable";
-  static constexpr int kRows = 4;       // of the output, in one pass over packed codes
-  static constexpr int kPanelRows = 4;  // likewise, over a panel of floats
+  // Rows of the output in one pass: over codes in integers; over codes in floats; over a panel of floats.
+  static constexpr int kRows = 4;
+  static constexpr int kFewRows = 4;
+  static constexpr int kPanelRows = 4;
 
   struct Floats { float v[16]; };
   struct Ints { int32_t v[16]; };
@@ -120,8 +122,7 @@ struct Simd {
     return each<Ints>([&](int i) { return static_cast<int32_t>(std::nearbyint(v.v[i])); });
   }
 
-  // 16 codes of an activation as `Dot` reads them.
-  template <bool kWide>
+  // 16 codes of an activation, in int8.
   static void store_codes(char* p, Ints v) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<char>(static_cast<int8_t>(v.v[i]));
   }
@@ -131,6 +132,7 @@ struct Simd {
     std::memcpy(out.v, p, 64);
     return out;
   }
+  static void store_bytes(uint8_t* p, Bytes v) { std::memcpy(p, v.v, 64); }
   template <class Fn>
   static Bytes each_byte(Bytes v, Fn fn) {
     for (int i = 0; i < 64; ++i) v.v[i] = static_cast<uint8_t>(fn(v.v[i]));
@@ -175,10 +177,13 @@ struct Simd {
     });
   }
 
-  // Sums of products of codes and activations, for each column. kWide: codes of 8 bits, else of fewer.
-  template <bool kWide>
+  // Sums of products of codes and activations, for each column. kFull: codes of 8 bits, else up to 24.
+  template <bool kFull>
   struct Dot {
-    static constexpr bool kWideActs = false;  // what `store_codes` is called with
+    static constexpr int64_t kGroupBytes = 4;   // of the activations of 4 k
+    static constexpr bool kSaturates = false;   // for some full codes and activations, see `Limited` in rows.h
+    static constexpr int kChains = 1;           // of sums that have to go on at once, for full speed
+    static constexpr int32_t kOffset = 0;       // what is taken off a code before it is multiplied
     // How many calls of `add` a Partial holds, for codes up to 15; half as many for those up to 24.
     static constexpr int64_t kFlushGroups = INT64_MAX / 8;
     using Partial = Ints;

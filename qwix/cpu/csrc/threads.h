@@ -9,6 +9,7 @@
 #include <memory>
 #include <thread>
 
+#include "job.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(QWIX_X86)
@@ -28,6 +29,16 @@ class HonourDenormals {
 
  private:
   unsigned saved_;
+#elif defined(QWIX_ARM)
+  HonourDenormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    set(saved_ & ~(uint64_t{1} << 24));
+  }
+  ~HonourDenormals() { set(saved_); }
+
+ private:
+  static void set(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits)); }
+  uint64_t saved_;
 #endif
 };
 
@@ -66,8 +77,6 @@ void parallel_for(ffi::ThreadPool& pool, int64_t workers, int64_t items, Fn fn) 
 }
 
 // Memory of a thread, for what it works on.
-inline constexpr int64_t kWorkspaceBytes = 64 * 1024;
-
 inline char* workspace() {
   alignas(64) static thread_local char memory[kWorkspaceBytes];
   return memory;

@@ -1,0 +1,156 @@
+// Products of dequantized numbers with float activations.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace qwix {
+namespace {
+
+template <int kIndex>
+using K = std::integral_constant<int, kIndex>;
+
+// Calls fn(K<j>(), Floats) for each of the k of a step, k = 0, 1, ...; numbers are exact, times `unit`.
+template <Format kFormat, class Fn>
+inline __attribute__((always_inline)) void each_k(const uint8_t* codes, Fn fn) {
+  const Bytes loaded = Simd::load_bytes(codes);
+  auto nibbles = [&](auto... j) __attribute__((always_inline)) {
+    // Of byte i of a column, the low half is k = i and the high one k = 4 + i.
+    if constexpr (kFormat == kInt4) {
+      const Bytes numbers = Simd::flip(loaded, 0x88);
+      (fn(j, Simd::to_float(Simd::template field<j % 4 * 8 + j / 4 * 4, 4>(numbers))), ...);
+    } else {
+      (fn(j, Simd::template field_lookup<j % 4 * 8 + j / 4 * 4>(kNF4Points, loaded)), ...);
+    }
+  };
+  auto bytes = [&](const Bytes& v, auto... j) __attribute__((always_inline)) {
+    if constexpr (kFormat == kE4M3 || kFormat == kE5M2) {
+      (fn(j, Simd::template fp8<kFormat>(Simd::template field<j % 4 * 8, 8>(v))), ...);
+    } else {
+      (fn(j, Simd::to_float(Simd::template field<j % 4 * 8, 8>(v))), ...);
+    }
+  };
+  if constexpr (kFormat == kInt4 || kFormat == kNF4) {
+    nibbles(K<0>(), K<1>(), K<2>(), K<3>(), K<4>(), K<5>(), K<6>(), K<7>());
+  } else if constexpr (kFormat == kE2M1) {
+    bytes(Simd::lookup(kE2M1Twice, Simd::low_nibbles(loaded)), K<0>(), K<1>(), K<2>(), K<3>());
+    bytes(Simd::lookup(kE2M1Twice, Simd::high_nibbles(loaded)), K<4>(), K<5>(), K<6>(), K<7>());
+  } else {
+    bytes(kFormat == kInt8 ? Simd::flip(loaded, 0x80) : loaded, K<0>(), K<1>(), K<2>(), K<3>());
+  }
+}
+
+// zero point - code of zero, of a tile; what is left to subtract from the numbers that `each_k` gives.
+Floats signed_zeros(const Job& job, int64_t block, int64_t tile) {
+  return Simd::to_float(Simd::isub(load_zeros(job, block, tile), Simd::iset(code_of_zero(job.format))));
+}
+
+// A group of a few rows, straight from the codes.
+template <Format kFormat, int kRows>
+void float_rows(const Job& job, int64_t block, int64_t row) {
+  constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // sums in parallel, to hide the latency of fma
+  const int64_t steps = job.steps_of_tile();
+  const uint8_t* codes = job.codes + block * job.block_bytes();
+  const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride);
+  Floats out[kRows];
+  for (Floats& v : out) v = Simd::fset(0);
+  for (int64_t t = 0; t < job.tiles; ++t) {
+    Floats sums[kSets][kRows];
+    for (auto& set : sums) {
+      for (Floats& v : set) v = Simd::fset(0);
+    }
+    for (int64_t s = 0; s < steps; ++s, codes += kStepBytes, x += step_k(kFormat) * kRows) {
+      prefetch(codes, kStreamAhead);
+      each_k<kFormat>(codes, [&](auto j, Floats w) __attribute__((always_inline)) {
+        for (int r = 0; r < kRows; ++r) {
+          Floats& sum = sums[j % kSets][r];
+          sum = Simd::fma(w, Simd::fset(x[j * kRows + r]), sum);
+        }
+      });
+    }
+    Floats scale = load_scale(job, block, t);
+    if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
+    const bool asymmetric = is_integer(kFormat) && job.zeros != nullptr;
+    const Floats zeros = asymmetric ? signed_zeros(job, block, t) : Simd::fset(0);
+    for (int r = 0; r < kRows; ++r) {
+      Floats sum = sums[0][r];
+      for (int i = 1; i < kSets; ++i) sum = Simd::fadd(sum, sums[i][r]);
+      if (asymmetric) {
+        float row_sum;
+        std::memcpy(&row_sum, &job.row_sum[(row + r) * job.tiles + t], 4);
+        sum = Simd::fsub(sum, Simd::fmul(zeros, Simd::fset(row_sum)));
+      }
+      out[r] = Simd::fma(sum, scale, out[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) store_output(job, row + r, block, out[r]);
+}
+
+// Many rows: a part of the block is dequantized once, to (k, 16) floats.
+template <Format kFormat>
+void dequantize_part(const Job& job, int64_t block, const Part& part, int64_t ahead, float* panel) {
+  const int64_t steps = job.steps_of_tile();
+  for (int64_t t = part.tile; t < part.tile_end; ++t) {
+    Floats scale = load_scale(job, block, t);
+    if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
+    const bool asymmetric = is_integer(kFormat) && job.zeros != nullptr;
+    const Floats zeros = asymmetric ? signed_zeros(job, block, t) : Simd::fset(0);
+    const uint8_t* codes = job.codes + block * job.block_bytes() + (t * steps + part.step) * kStepBytes;
+    for (int64_t s = part.step; s < part.step_end; ++s, codes += kStepBytes) {
+      prefetch(codes, ahead);
+      each_k<kFormat>(codes, [&](auto j, Floats w) __attribute__((always_inline)) {
+        Simd::fstore(panel + j * kColumns, Simd::fmul(Simd::fsub(w, zeros), scale));
+      });
+      panel += step_k(kFormat) * kColumns;
+    }
+  }
+}
+
+template <int kRows>
+void panel_rows(const Job& job, int64_t block, int64_t row, const Part& part, const float* panel, int64_t k_begin,
+                int64_t k_count, Waiting* waiting) {
+  Floats out[kRows];
+  for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
+  const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride) + k_begin * kRows;
+  for (int64_t k = 0; k < k_count; ++k, panel += kColumns, x += kRows) {
+    const Floats w = Simd::fload(panel);
+    for (int r = 0; r < kRows; ++r) out[r] = Simd::fma(w, Simd::fset(x[r]), out[r]);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (part.last) {
+      store_output(job, row + r, block, out[r]);
+    } else {
+      Simd::fstore(waiting[r].floats, out[r]);
+    }
+  }
+}
+
+constexpr int64_t kPanelK = 256;
+
+template <Format kFormat>
+void float_product(const Job& job, const Range& range, char* workspace) {
+  if (job.m <= Simd::kFewRows) {
+    for (int64_t block = range.block; block < range.block_end; ++block) {
+      with_size<Simd::kFewRows>(range.end - range.begin, [&](auto count) {
+        float_rows<kFormat, decltype(count)::value>(job, block, range.begin);
+      });
+    }
+    return;
+  }
+  float* panel = reinterpret_cast<float*>(workspace + kWaitingBytes);
+  each_pass(job, range, kPanelK / step_k(kFormat), reinterpret_cast<Waiting*>(workspace),
+            [&](const Part& part, int64_t block, int64_t ahead, Waiting* sums) {
+              dequantize_part<kFormat>(job, block, part, ahead, panel);
+              const int64_t k = part.tile * job.padded_tile + part.step * step_k(kFormat);
+              each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
+                with_size<Simd::kPanelRows>(size, [&](auto count) {
+                  panel_rows<decltype(count)::value>(job, block, row, part, panel, k, part.steps() * step_k(kFormat),
+                                                     sums + (row - range.begin));
+                });
+              });
+            });
+}
+
+}  // namespace
+}  // namespace qwix

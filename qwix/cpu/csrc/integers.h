@@ -1,0 +1,178 @@
+// Products of codes with int8 activations, exact in 32 bits within a tile.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace qwix {
+namespace {
+
+// Loads the codes of the groups of 4 k in a step, calls fn(number of the group, Bytes) for each.
+template <Format kFormat, class Fn>
+inline __attribute__((always_inline)) void each_codes(const uint8_t* codes, Fn fn) {
+  const Bytes loaded = Simd::load_bytes(codes);
+  if constexpr (!is_nibble(kFormat)) {
+    fn(0, loaded);
+  } else if constexpr (kFormat == kE2M1) {
+    fn(0, Simd::lookup(kE2M1Codes, Simd::low_nibbles(loaded)));
+    fn(1, Simd::lookup(kE2M1Codes, Simd::high_nibbles(loaded)));
+  } else {
+    fn(0, Simd::low_nibbles(loaded));
+    fn(1, Simd::high_nibbles(loaded));
+  }
+}
+
+// A part of a block as it is multiplied by more than one group of rows: with a byte for each code. `ahead` bytes after
+// each code lies one that is wanted next.
+template <Format kFormat>
+void decode_part(const uint8_t* codes, int64_t steps, int64_t ahead, uint8_t* panel) {
+  for (; steps > 0; --steps, codes += kStepBytes, panel += step_k(kFormat) / 4 * kStepBytes) {
+    prefetch(codes, ahead);
+    each_codes<kFormat>(codes, [&](int group, Bytes v) { Simd::store_bytes(panel + group * kStepBytes, v); });
+  }
+}
+
+// The result of a group of rows for a part of a block. `codes` are those of the part: decoded, or as they are
+// packed, with those that are wanted next `ahead` bytes after them.
+template <Format kFormat, class Dot, int kRows, bool kDecoded>
+void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, const uint8_t* codes, int64_t ahead,
+                  Waiting* waiting) {
+  constexpr int64_t kGroups = step_k(kFormat) / 4;  // of 4 k, in a step
+  constexpr int64_t kFlush = Dot::kFlushGroups / kGroups / (kFormat == kE2M1 ? 2 : 1);
+  // Sums of each row that do not wait for each other.
+  constexpr int kSets = kRows >= Dot::kChains ? 1 : 2 * kRows >= Dot::kChains ? 2 : 4;
+  constexpr int kUnroll = kSets > kGroups ? kSets / static_cast<int>(kGroups) : 1;  // steps
+  constexpr int64_t kGroupActs = kRows * Dot::kGroupBytes;
+  constexpr bool kLimited = is_full(kFormat) && FullDot::kSaturates;
+  const int64_t steps = job.steps_of_tile();
+  const Limited<Dot> limited(job, row, kRows);
+  const char* const all_acts = kLimited ? limited.codes() : job.rows + row * job.row_stride;
+  const uint8_t* const block_codes = job.codes + block * job.block_bytes();
+  Floats out[kRows];
+  for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
+  [[maybe_unused]] const char* extra = nullptr;
+  if constexpr (Dot::kSaturates) extra = limited.extra(limited.before()[(part.tile * steps + part.step) / Limited<Dot>::kChunk]);
+  for (int64_t t = part.tile; t < part.tile_end; ++t) {
+    const char* acts = all_acts + (t * steps + part.step) * kGroups * kGroupActs;
+    Ints sums[kRows];
+    for (int r = 0; r < kRows; ++r) sums[r] = part.step == 0 ? Simd::iset(0) : Simd::iload(waiting[r].ints);
+    for (int64_t s = part.step; s < part.step_end;) {
+      const int64_t end = std::min(part.step_end, s + kFlush);
+      typename Dot::Partial partial[kSets][kRows];
+      for (auto& set : partial) {
+        for (auto& p : set) p = Dot::zero();
+      }
+      auto step = [&](int set) __attribute__((always_inline)) {
+        auto add = [&](int group, Bytes v) __attribute__((always_inline)) {
+          const char* a = acts + group * kGroupActs;
+          for (int r = 0; r < kRows; ++r) Dot::add(partial[(set + group) % kSets][r], v, a + r * Dot::kGroupBytes);
+        };
+        if constexpr (kDecoded) {
+          for (int g = 0; g < kGroups; ++g) add(g, Simd::load_bytes(codes + g * kStepBytes));
+        } else {
+          prefetch(codes, ahead);
+          each_codes<kFormat>(codes, add);
+        }
+        codes += (kDecoded ? kGroups : 1) * kStepBytes;
+        acts += kGroups * kGroupActs;
+      };
+      if constexpr (kUnroll > 1) {
+        for (; s + kUnroll <= end; s += kUnroll) {
+          for (int u = 0; u < kUnroll; ++u) step(u * static_cast<int>(kGroups));
+        }
+      }
+      for (; s < end; ++s) step(0);
+      for (int r = 0; r < kRows; ++r) {
+        for (auto& set : partial) sums[r] = Simd::iadd(sums[r], Dot::sums(set[r]));
+      }
+    }
+    if constexpr (Dot::kSaturates) {
+      const int64_t begin = t * steps + part.step, end = t * steps + part.step_end;
+      for (int32_t group;; extra += limited.extra_bytes()) {
+        std::memcpy(&group, extra, 4);
+        if (group >= end) break;
+        if (group < begin) continue;
+        const Bytes v = Simd::load_bytes(block_codes + group * kStepBytes);
+        for (int r = 0; r < kRows; ++r) {
+          typename Dot::Partial partial = Dot::zero();
+          Dot::add(partial, v, extra + 4 + 4 * r);
+          sums[r] = Simd::iadd(sums[r], Dot::sums(partial));
+        }
+      }
+    }
+    if (part.step_end < steps) {
+      for (int r = 0; r < kRows; ++r) Simd::istore(waiting[r].ints, sums[r]);
+      continue;
+    }
+    Floats scale = load_scale(job, block, t);
+    if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
+    const bool asymmetric = kFormat != kE2M1 && job.zeros != nullptr;
+    const Ints zeros = asymmetric ? Simd::isub(load_zeros(job, block, t), Simd::iset(Dot::kOffset)) : Simd::iset(0);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = (row + r) * job.tiles + t;
+      const uint32_t row_sum = static_cast<uint32_t>(job.row_sum[i]);
+      const uint32_t zero = static_cast<uint32_t>(code_of_zero(kFormat) - Dot::kOffset);
+      const Ints correction = asymmetric ? Simd::imul(zeros, Simd::iset(job.row_sum[i]))
+                                         : Simd::iset(static_cast<int32_t>(row_sum * zero));
+      const Floats exact = Simd::to_float(Simd::isub(sums[r], correction));
+      const Floats scaled = Simd::fmul(exact, Simd::fset(job.row_scale[i]));
+      out[r] = Simd::fma(scaled, scale, out[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (part.last) {
+      store_output(job, row + r, block, out[r]);
+    } else {
+      Simd::fstore(waiting[r].floats, out[r]);
+    }
+  }
+}
+
+template <Format kFormat, bool kDecoded>
+void integer_group(const Job& job, int64_t block, int64_t row, int64_t rows, const Part& part, const uint8_t* codes,
+                   int64_t ahead, Waiting* waiting) {
+  using Dot = Simd::Dot<is_full(kFormat)>;
+  with_size<Simd::kRows>(rows, [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    if constexpr (Dot::kSaturates) {
+      if (Limited<Dot>(job, row, rows).is_widened()) {
+        return integer_rows<kFormat, typename Dot::Widened, kRows, kDecoded>(job, block, row, part, codes, ahead, waiting);
+      }
+    }
+    integer_rows<kFormat, Dot, kRows, kDecoded>(job, block, row, part, codes, ahead, waiting);
+  });
+}
+
+constexpr int64_t kPartK = 512;  // of a part, where there are several groups of rows
+
+template <Format kFormat>
+void integer_product(const Job& job, const Range& range, char* workspace) {
+  Waiting* waiting = reinterpret_cast<Waiting*>(workspace);
+  const int64_t rows = range.end - range.begin;
+  if (group_size(Simd::kRows, rows) == rows) {
+    each_part(job, INT64_MAX, [&](const Part& part) {
+      for (int64_t block = range.block; block < range.block_end; ++block) {
+        const uint8_t* codes = job.codes + block * job.block_bytes();
+        integer_group<kFormat, false>(job, block, range.begin, rows, part, codes, kStreamAhead, waiting);
+      }
+    });
+    return;
+  }
+  [[maybe_unused]] uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);
+  each_pass(job, range, kPartK / step_k(kFormat), waiting,
+            [&](const Part& part, int64_t block, int64_t ahead, Waiting* sums) {
+              constexpr bool kDecoded = is_nibble(kFormat);
+              const int64_t at = (part.tile * job.steps_of_tile() + part.step) * kStepBytes;
+              const uint8_t* codes = job.codes + block * job.block_bytes() + at;
+              if constexpr (kDecoded) {
+                decode_part<kFormat>(codes, part.steps(), ahead, panel);
+                codes = panel;
+              }
+              each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
+                integer_group<kFormat, kDecoded>(job, block, row, size, part, codes, ahead, sums + (row - range.begin));
+              });
+            });
+}
+
+}  // namespace
+}  // namespace qwix

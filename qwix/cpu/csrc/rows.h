@@ -1,0 +1,397 @@
+// Rows of activations: in which groups the kernels take them, how they are prepared, and where their results go. On the
+// vector layer `Simd` that the including file has chosen, see kernels.h.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "job.h"
+
+namespace qwix {
+namespace {
+
+using Floats = Simd::Floats;
+using Ints = Simd::Ints;
+using Bytes = Simd::Bytes;
+
+// Twice the numbers of float4_e2m1fn, all integers, by code; and with `code_of_zero` added.
+constexpr int8_t kE2M1Twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr int8_t kE2M1Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// The code points of nf4, QLoRA (arXiv 2305.14314), appendix E.
+constexpr float kNF4Points[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+    0.7229568362236023f, 1.0f};
+
+// What the numbers of a format are multiplied by to give those that the kernels compute with.
+constexpr float unit(Format f) { return f == kE2M1 ? 0.5f : 1.0f; }
+
+// Whether codes have all values of 8 bits; those of the other integer formats are at most 24.
+constexpr bool is_full(Format f) { return f == kInt8; }
+using FullDot = Simd::Dot<true>;
+
+float to_f32(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+Floats load_scale(const Job& job, int64_t block, int64_t tile) {
+  const int64_t at = (block * job.tiles + tile) * kColumns;
+  switch (job.scale_type) {
+    case Type::kBF16: return Simd::fload_bf16(static_cast<const uint16_t*>(job.scale) + at);
+    case Type::kF16: return Simd::fload_f16(static_cast<const uint16_t*>(job.scale) + at);
+    default: return Simd::fload(static_cast<const float*>(job.scale) + at);
+  }
+}
+
+// The unsigned zero points of a tile; `job.zeros` is not null.
+Ints load_zeros(const Job& job, int64_t block, int64_t tile) {
+  return Simd::iload_u8(job.zeros + (block * job.tiles + tile) * kColumns);
+}
+
+// ------------------------------------------------------------------------------------------- groups of rows
+
+// A kernel multiplies a group of rows at once. Their activations lie together: those of 4 k (1 k of floats) of the
+// first row, of the second, ..., then the next k. So they are read in one stream, whatever K is; rows
+// at a distance of a power of two would compete for a few sets of the caches.
+
+constexpr int64_t next_size(int64_t most) { return most > 8 ? 8 : most - 1; }
+
+// The most rows of a group.
+int64_t most_rows(const Job& job) {
+  return job.integer() ? Simd::kRows : job.m <= Simd::kFewRows ? Simd::kFewRows : Simd::kPanelRows;
+}
+
+// The rows of the group that `left` rows begin with: the most, or 8, or all that are left.
+int64_t group_size(int64_t most, int64_t left) { return left >= most ? most : most > 8 && left >= 8 ? 8 : left; }
+
+// fn(first row, rows) for each group. `begin` is a multiple of the most rows, and `end` too or the last.
+template <class Fn>
+void each_group(const Job& job, int64_t begin, int64_t end, Fn fn) {
+  const int64_t most = most_rows(job);
+  for (int64_t row = begin, size; row < end; row += size) {
+    size = group_size(most, end - row);
+    fn(row, size);
+  }
+}
+
+// fn(a constant of that size).
+template <int kMost, class Fn>
+void with_size(int64_t size, Fn fn) {
+  if constexpr (kMost > 1) {
+    if (size != kMost) return with_size<static_cast<int>(next_size(kMost))>(size, fn);
+  }
+  fn(std::integral_constant<int, kMost>());
+}
+
+// ------------------------------------------------------------------------------------------- activations
+
+// `count` <= 16 elements of a row from `k`, the rest zeros.
+Floats load_x(const Job& job, int64_t row, int64_t k, int64_t count) {
+  const int64_t at = row * job.k + k;
+  if (job.x_type == Type::kF32) {
+    const float* p = static_cast<const float*>(job.x) + at;
+    if (count == 16) return Simd::fload(p);
+    float rest[16] = {};
+    std::copy(p, p + count, rest);
+    return Simd::fload(rest);
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(job.x) + at;
+  if (count == 16) return Simd::fload_bf16(p);
+  uint16_t rest[16] = {};
+  std::copy(p, p + count, rest);
+  return Simd::fload_bf16(rest);
+}
+
+int32_t total(Ints v) {
+  int32_t lanes[16];
+  Simd::istore(lanes, v);
+  uint32_t sum = 0;
+  for (int32_t lane : lanes) sum += static_cast<uint32_t>(lane);
+  return static_cast<int32_t>(sum);
+}
+
+float largest_magnitude(const Job& job, int64_t row, int64_t k) {
+  Ints largest = Simd::iset(0);
+  for (int64_t i = 0; i < job.tile; i += 16) {
+    largest = Simd::imax(largest, Simd::magnitude_bits(load_x(job, row, k + i, std::min<int64_t>(16, job.tile - i))));
+  }
+  int32_t lanes[16];
+  Simd::istore(lanes, largest);
+  const int32_t bits = *std::max_element(lanes, lanes + 16);
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// absmax / 127.5 in the dtype of x, as `compute_scale_zero_point` has it.
+float dynamic_scale(const Job& job, float absmax) {
+  const bool is_bf16 = job.x_type == Type::kBF16;
+  if (job.factor != 1.0f) {
+    absmax *= job.factor;
+    if (is_bf16) absmax = to_f32(to_bf16(absmax));
+  }
+  float scale = absmax / 127.5f;
+  if (scale < 0x1p-63f) return 1.0f;  // sqrt of the smallest normal number
+  return is_bf16 ? to_f32(to_bf16(scale)) : scale;
+}
+
+// Codes of a row of a group, to out, out + stride, ...: four k each.
+void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
+  for (int64_t t = 0; t < job.tiles; ++t) {
+    const int64_t k = t * job.tile;
+    float scale, inverse = 0;
+    if (job.mode == Mode::kDynamic) {
+      scale = dynamic_scale(job, largest_magnitude(job, row, k));
+      // As XLA does on a CPU, where a scale is shared. A row with inf or NaN has codes of 0, as it has there.
+      if (scale <= 3.4028234663852886e38f) inverse = 1.0f / scale;
+    } else {
+      scale = job.x_scale[row * job.x_tiles + (job.x_tiles == 1 ? 0 : t)];
+    }
+    Ints sum = Simd::iset(0);
+    for (int64_t i = 0; i < job.padded_tile; i += 16) {
+      const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
+      Ints codes;
+      if (job.mode == Mode::kDynamic && inverse == 0) {
+        codes = Simd::iset(0);
+      } else if (job.mode == Mode::kDynamic) {
+        const Floats x = Simd::fmul(load_x(job, row, k + i, count), Simd::fset(inverse));
+        codes = Simd::round(Simd::fclamp(x, -128, 127));
+      } else {
+        int8_t given[16] = {};
+        std::memcpy(given, static_cast<const int8_t*>(job.x) + row * job.k + k + i, count);
+        codes = Simd::iload_s8(given);
+      }
+      sum = Simd::iadd(sum, codes);
+      char four[16];
+      Simd::store_codes(four, codes);
+      const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
+      for (int64_t j = 0; j < left; j += 4, out += stride) std::memcpy(out, four + j, 4);
+    }
+    job.row_scale[row * job.tiles + t] = scale;
+    job.row_sum[row * job.tiles + t] = total(sum);
+  }
+}
+
+// Floats of a row of a group, to out, out + stride, ...
+void prepare_floats(const Job& job, int64_t row, float* out, int64_t stride) {
+  for (int64_t t = 0; t < job.tiles; ++t) {
+    Floats sum = Simd::fset(0);
+    for (int64_t i = 0; i < job.padded_tile; i += 16) {
+      const Floats x = load_x(job, row, t * job.tile + i, std::clamp<int64_t>(job.tile - i, 0, 16));
+      sum = Simd::fadd(sum, x);
+      float lanes[16];
+      Simd::fstore(lanes, x);
+      const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
+      for (int64_t j = 0; j < left; ++j, out += stride) *out = lanes[j];
+    }
+    float lanes[16], all = 0;
+    Simd::fstore(lanes, sum);
+    for (float lane : lanes) all += lane;
+    std::memcpy(&job.row_sum[row * job.tiles + t], &all, 4);
+  }
+}
+
+// The codes of a group of rows on layers whose dot product saturates: some are taken out to a list.
+//
+// vpmaddubsw sums two products in 16 bits. With codes of 8 bits it does not saturate where the two activations sum to
+// at most 128 in magnitude, as 255 * 128 < 2^15: of normally distributed ones, that a scale maps to 127, all but one
+// pair in a hundred do. Where they do not, what is beyond 64 goes to an `Extra`, and is multiplied apart. A
+// group of rows with too many of those is widened to 16 bits, for a slower instruction.
+template <class Dot>
+struct Limited {
+  static constexpr int64_t kChunk = 128;  // groups of 4 k
+
+  char* region;
+  int64_t groups, rows;
+
+  Limited(const Job& job, int64_t row, int64_t rows)
+      : region(job.rows + row * job.row_stride), groups(job.padded_k() / 4), rows(rows) {}
+
+  static int64_t header_bytes(int64_t k) { return (4 * (k / 4 / kChunk + 3) + 63) / 64 * 64; }
+  static int64_t row_bytes(int64_t k) { return header_bytes(k) + 2 * k; }
+
+  char* codes() const { return region + header_bytes(4 * groups) * rows; }
+  // The number of extras of each chunk and those before it; of the first, -1: the codes are widened.
+  int32_t* before() const { return reinterpret_cast<int32_t*>(region); }
+  bool is_widened() const { return *before() < 0; }
+  // An extra: the index of a group, in ascending order (the last is `groups`), and 4 codes of each row.
+  int64_t extra_bytes() const { return 4 + 4 * rows; }
+  char* extra(int64_t i) const { return codes() + 4 * groups * rows + i * extra_bytes(); }
+
+  void limit() const {
+    // An extra costs as much as a group; widened, all groups cost a third more.
+    const int64_t most = groups / 4 - 1;
+    int64_t count = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      if (g % kChunk == 0) before()[g / kChunk] = static_cast<int32_t>(count);
+      int8_t* group = reinterpret_cast<int8_t*>(codes()) + 4 * rows * g;
+      int any = 0;
+      for (int64_t i = 0; i < 4 * rows; i += 2) any |= static_cast<unsigned>(group[i] + group[i + 1] + 128) > 256u;
+      if (!any) continue;
+      if (count >= most) return widen(count);
+      write_index(count, g);
+      int8_t* rest = reinterpret_cast<int8_t*>(extra(count) + 4);
+      for (int64_t i = 0; i < 4 * rows; ++i) {
+        const int8_t kept = std::clamp<int8_t>(group[i], -64, 64);
+        rest[i] = static_cast<int8_t>(group[i] - kept);
+        group[i] = kept;
+      }
+      ++count;
+    }
+    before()[(groups + kChunk - 1) / kChunk] = static_cast<int32_t>(count);
+    write_index(count, groups);
+  }
+
+ private:
+  void write_index(int64_t i, int64_t group) const {
+    const int32_t index = static_cast<int32_t>(group);
+    std::memcpy(extra(i), &index, 4);
+  }
+
+  void widen(int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t g;
+      std::memcpy(&g, extra(i), 4);
+      for (int64_t j = 0; j < 4 * rows; ++j) codes()[4 * rows * g + j] += extra(i)[4 + j];
+    }
+    for (int64_t i = groups * rows - 1; i >= 0; --i) Dot::widen(codes() + 8 * i, codes() + 4 * i);  // in place
+    *before() = -1;
+  }
+};
+
+int64_t row_bytes(const Job& job) {
+  if (job.integer() && is_full(job.format) && FullDot::kSaturates) return Limited<FullDot>::row_bytes(job.padded_k());
+  return job.padded_k() * (job.integer() ? 1 : static_cast<int64_t>(sizeof(float)));
+}
+
+template <class Dot>
+void prepare_group(const Job& job, int64_t first, int64_t rows) {
+  char* out = job.rows + first * job.row_stride;
+  if constexpr (Dot::kSaturates) out = Limited<Dot>(job, first, rows).codes();
+  for (int64_t r = 0; r < rows; ++r) prepare_codes(job, first + r, out + 4 * r, 4 * rows);
+  if constexpr (Dot::kSaturates) Limited<Dot>(job, first, rows).limit();
+}
+
+void prepare(const Job& job, int64_t begin, int64_t end) {
+  each_group(job, begin, end, [&](int64_t first, int64_t rows) {
+    if (!job.integer()) {
+      float* out = reinterpret_cast<float*>(job.rows + first * job.row_stride);
+      for (int64_t r = 0; r < rows; ++r) prepare_floats(job, first + r, out + r, rows);
+    } else if (is_full(job.format)) {
+      prepare_group<FullDot>(job, first, rows);
+    } else {
+      prepare_group<Simd::Dot<false>>(job, first, rows);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------- the output
+
+// Writes the columns that exist of a row of a block, with bias. (By reference: GCC 12 passes registers by value on a stack
+// that it has not aligned for them.)
+void store_output(const Job& job, int64_t row, int64_t block, const Floats& sum) {
+  const int64_t lead = block / job.blocks, column = block % job.blocks * kColumns;
+  const int64_t count = std::min(kColumns, job.n - column);
+  const int64_t at = lead * job.n + column, out = row * job.leads * job.n + at;
+  float lanes[16];
+  if (job.y_type == Type::kF32 && count == kColumns) {
+    const bool biased = job.bias != nullptr;
+    Simd::fstore(static_cast<float*>(job.y) + out, biased ? Simd::fadd(sum, Simd::fload(job.bias + at)) : sum);
+    return;
+  }
+  Simd::fstore(lanes, sum);
+  for (int64_t i = 0; i < count; ++i) {
+    const float y = job.bias == nullptr ? lanes[i] : lanes[i] + job.bias[at + i];
+    if (job.y_type == Type::kF32) {
+      static_cast<float*>(job.y)[out + i] = y;
+    } else {
+      static_cast<uint16_t*>(job.y)[out + i] = to_bf16(y);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------- parts of K
+
+// A part of the contracted axis: whole tiles, or steps of one tile.
+struct Part {
+  int64_t tile, tile_end;
+  int64_t step, step_end;  // within a tile
+  bool first, last;        // of the row
+
+  int64_t steps() const { return (tile_end - tile) * (step_end - step); }
+};
+
+// Calls fn(Part) for parts of at most `most` steps.
+template <class Fn>
+void each_part(const Job& job, int64_t most, Fn fn) {
+  const int64_t steps = job.steps_of_tile();
+  if (steps <= most) {
+    const int64_t tiles = std::max<int64_t>(1, most / steps);
+    for (int64_t t = 0; t < job.tiles; t += tiles) {
+      const int64_t end = std::min(job.tiles, t + tiles);
+      fn(Part{t, end, 0, steps, t == 0, end == job.tiles});
+    }
+    return;
+  }
+  for (int64_t t = 0; t < job.tiles; ++t) {
+    for (int64_t s = 0; s < steps; s += most) {
+      const int64_t end = std::min(steps, s + most);
+      fn(Part{t, t + 1, s, end, t == 0 && s == 0, t + 1 == job.tiles && end == steps});
+    }
+  }
+}
+
+// Where sums of a row of a block wait between parts.
+struct Waiting {
+  float floats[16];
+  int32_t ints[16];
+};
+
+// What one call of `multiply` does: blocks, rows.
+struct Range {
+  int64_t block, block_end;
+  int64_t begin, end;
+};
+
+constexpr int64_t kBlocksOfPass = 8;
+constexpr int64_t kWaitingBytes = kBlocksOfPass * kRowsOfItem * static_cast<int64_t>(sizeof(Waiting));
+
+// Calls fn(part, block, ahead, sums) for the parts of a range: a part of all rows stays in the second-level cache, while
+// that of some blocks, one after the other, goes through the first. `ahead` bytes after a part of a block lies the
+// one that comes next; `sums` are those of the block's rows.
+template <class Fn>
+void each_pass(const Job& job, const Range& range, int64_t most_steps, Waiting* waiting, Fn fn) {
+  const int64_t rows = range.end - range.begin, stride = job.block_bytes();
+  for (int64_t start = range.block; start < range.block_end; start += kBlocksOfPass) {
+    const int64_t end = std::min(range.block_end, start + kBlocksOfPass);
+    each_part(job, most_steps, [&](const Part& part) {
+      for (int64_t block = start; block < end; ++block) {
+        const int64_t ahead = block + 1 < end ? stride : part.steps() * kStepBytes - (end - 1 - start) * stride;
+        fn(part, block, ahead, waiting + (block - start) * rows);
+      }
+    });
+  }
+}
+
+constexpr int64_t kStreamAhead = 1024;  // of codes that one group of rows reads, once
+
+// Fetches what lies `ahead` bytes after p into the cache; there need be nothing.
+inline void prefetch(const void* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)));
+}
+
+}  // namespace
+}  // namespace qwix
