@@ -276,6 +276,16 @@ def test_precision_reaches_the_float_products(data):
 # ------------------------------------------------------------------ sparsity
 
 
+def test_single_elements_are_pruned(data):
+    x, w, g = data
+    rule = SparsityRule(weight_prune_rate=70, activation_prune_rate=20)
+    xd, wd, gd = (np.asarray(a, np.float64) for a in data)
+    x_kept, w_kept = (np.abs(a) > np.percentile(np.abs(a), rate) for a, rate in ((xd, 20), (wd, 70)))
+    xq, wq = fake_quant(xd * x_kept, "int8", (0,)), fake_quant(wd * w_kept, "int8", (1,))
+    truth = xq @ wq, (gd @ wq.T) * x_kept, (xq.T @ gd) * w_kept
+    assert_all_close(run(QAT | {"sparsity_rule": rule}, x, w, g), truth)
+
+
 @pytest.mark.parametrize("formats", [{}, QAT])
 def test_what_is_pruned_is_zero_and_gets_no_gradient(data, formats):
     x, w, g = data

@@ -240,22 +240,18 @@ def forward(
 
 
 def _kept(array: jax.Array, role: str, rule: sparsity.SparsityRule | None) -> jax.Array | None:
-    """Which elements N:M sparsity keeps, of lhs as an activation or rhs as a weight; None: all."""
-    if rule is None:
-        return None
+    """Which elements sparsity keeps, of lhs as an activation or rhs as a weight; None: all."""
     kind = "activation" if role == "lhs" else "weight"
-    n, m, order, block_size, offset = (
-        getattr(rule, f"{kind}_sparsity_{name}") for name in ("n", "m", "order", "block_size", "offset")
-    )
-    if not (n and m):
+    if rule is None or not rule.prunes(kind):
         return None
-    if kind == "weight" and (rule.weight_sparsity_start_step != 0 or rule.weight_sparsity_update_step != 1):
+    steps = (rule.weight_sparsity_start_step, rule.weight_sparsity_update_step, rule.weight_prune_end_step)
+    if kind == "weight" and steps != (0, 1, 0):
         raise ValueError(
             "An op finds the mask of its weight anew in each call, so it knows no steps: leave out "
-            "weight_sparsity_start_step and weight_sparsity_update_step, or use SparsityModule of "
-            "qwix.contrib.sparsity.sparsity_module."
+            "weight_sparsity_start_step, weight_sparsity_update_step and weight_prune_end_step, or use SparsityModule "
+            "of qwix.contrib.sparsity.sparsity_module."
         )
-    return sparsity.get_sparsity_mask(array, n, m, order, block_size, offset)
+    return rule.mask(kind, array)
 
 
 def _inside(array: jax.Array, how: HowToQuantize, calibration: Calibration | None) -> jax.Array | None:

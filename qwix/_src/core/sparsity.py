@@ -12,13 +12,20 @@ Which m elements make a group is said by `order` and `offset`, on the array read
 so that order 'R' with the width of a matrix as offset groups down its columns, as 'C' does where m divides those.
 With a `block_size` b, runs of b elements are kept or pruned as one, by their mean magnitude.
 
+*Unstructured sparsity* prunes a share of all elements, the smallest, wherever they stand. While training, that share
+may grow (arXiv 1710.01878, equation 1): at step t between t0 and t1 the rate r is reached up to
+
+    r (1 - (1 - (t - t0) / (t1 - t0))^3),
+
+much at first, when there is much to choose from, and less and less.
+
 >>> x = jnp.array([[1.0, -4.0, 3.0, 2.0]])
 >>> prune_inputs_n_m(x, n=2, m=4).tolist()
 [[0.0, -4.0, 3.0, 0.0]]
 """
 
 import dataclasses
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +53,13 @@ class SparsityRule:
       eval_mode: keep the mask as it is.
       activation_sparsity_n, activation_sparsity_m, activation_sparsity_order, activation_sparsity_block_size,
         activation_sparsity_offset: likewise for activations, which are pruned in every call.
+      weight_prune_rate, activation_prune_rate: instead of n and m: the per cent of the smallest elements of the whole
+        array that are pruned; 0: none.
+      weight_prune_end_step: the step from which on `weight_prune_rate` holds; from the start step to there the rate
+        grows, see the module's docstring. 0: it holds at once.
+
+    Raises:
+      ValueError: a rate that is none, or beside n and m.
     """
 
     weight_sparsity_n: int = 0
@@ -61,6 +75,47 @@ class SparsityRule:
     activation_sparsity_order: str = "R"
     activation_sparsity_block_size: int = 0
     activation_sparsity_offset: int = 0
+    weight_prune_rate: float = 0.0
+    weight_prune_end_step: int = 0
+    activation_prune_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for kind in ("weight", "activation"):
+            rate = getattr(self, f"{kind}_prune_rate")
+            if not 0 <= rate <= 100:
+                raise ValueError(f"{kind}_prune_rate={rate} is no per cent: give a number of 0 to 100")
+            if rate and getattr(self, f"{kind}_sparsity_n"):
+                raise ValueError(
+                    f"{kind}_prune_rate={rate} beside {kind}_sparsity_n={getattr(self, f'{kind}_sparsity_n')}: "
+                    "prune single elements, or n of m, not both"
+                )
+
+    def prunes(self, kind: str) -> bool:
+        """Whether anything of a 'weight' or 'activation' is pruned.
+
+        >>> SparsityRule(weight_sparsity_n=2, weight_sparsity_m=4).prunes("activation")
+        False
+        """
+        n, m, rate = (getattr(self, f"{kind}_{name}") for name in ("sparsity_n", "sparsity_m", "prune_rate"))
+        return bool((n and m) or rate)
+
+    def mask(self, kind: str, array: Any, step: Any = None) -> jax.Array:
+        """The mask of an array or QArray that is a 'weight' or an 'activation'.
+
+        Args:
+          kind: which of them.
+          array: what is to be pruned.
+          step: of the training, an integer or traced; None: when the rate of a weight no longer grows.
+        """
+        rate = getattr(self, f"{kind}_prune_rate")
+        if not rate:
+            names = ("n", "m", "order", "block_size", "offset")
+            return get_sparsity_mask(array, *(getattr(self, f"{kind}_sparsity_{name}") for name in names))
+        start, end = self.weight_sparsity_start_step, self.weight_prune_end_step
+        if kind == "weight" and step is not None and end > start:
+            remaining = 1 - jnp.clip((step - start) / (end - start), 0, 1)
+            rate = rate * (1 - remaining**3)
+        return get_sparsity_mask_unstructured(array, None, rate)
 
 
 @overload
@@ -173,12 +228,12 @@ def _ranks(x: jax.Array) -> jax.Array:
 
 
 def get_sparsity_mask_unstructured(
-    inputs: jax.Array, mask: jax.Array | None, prune_rate: jax.Array | float
+    inputs: jax.Array | QArray, mask: jax.Array | None, prune_rate: jax.Array | float
 ) -> jax.Array:
     """The mask that prunes the smallest `prune_rate` percent of the magnitudes of a whole array.
 
     Args:
-      inputs: a float array.
+      inputs: a float array, or a QArray, whose dequantized elements are compared.
       mask: of an earlier pruning: what it has pruned counts as 0, so that it stays pruned. None: nothing.
       prune_rate: in percent, 0 to 100; may be traced. Elements that equal the percentile are pruned.
 
@@ -188,7 +243,8 @@ def get_sparsity_mask_unstructured(
     >>> get_sparsity_mask_unstructured(jnp.array([1.0, -2.0, 3.0, -4.0]), None, 50).tolist()
     [False, False, True, True]
     """
-    magnitude = jnp.abs(inputs).astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    x = qarray.dequantize(inputs) if isinstance(inputs, QArray) else inputs
+    magnitude = jnp.abs(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     if mask is not None:
         magnitude = jnp.where(jnp.asarray(mask).astype(bool), magnitude, 0)
     return magnitude > jnp.percentile(magnitude, prune_rate)

@@ -322,7 +322,7 @@ class QtProvider(qconfig.QuantizationProvider):
                 )
         fields |= rule.additional_qt_config or {}
         sparsity_rule = fields.get("sparsity_rule")
-        if sparsity_rule is not None and sparsity_rule.weight_sparsity_n and not (operands[1] and operands[1].path):
+        if sparsity_rule is not None and sparsity_rule.prunes("weight") and not (operands[1] and operands[1].path):
             path = self._relative_module_path() or "the root module"
             raise ValueError(
                 f"{path}: sparsity_rule prunes the second operand of an op as its weight, and there it is none: limit "

@@ -1,4 +1,4 @@
-"""Training with N:M sparsity: an NNX module that prunes the operands of an op on a schedule.
+"""Training with sparsity: a module, for NNX and for Linen, that prunes the operands of an op on a schedule.
 
     self.sparsity = SparsityModule((64, 128), (None, None), SparsityRule(weight_sparsity_n=2, weight_sparsity_m=4))
     ...
@@ -9,16 +9,23 @@ The mask of the weight is state: it starts as all ones, is found from the weight
 and then every `weight_sparsity_update_step` steps, and goes through `nnx.jit`, checkpoints and sharding as other state
 does. A call is a step, except in eval mode. Gradients are those of the kept elements (arXiv 2104.08378 without its
 regularization); what is pruned keeps its value in the parameter, and may come back with the next mask.
+
+In Linen, `LinenSparsityModule` does the same with the collection `batch_stats`, where it is mutable:
+
+    x, kernel = LinenSparsityModule(rule)(x, self.param("kernel", init, (64, 128)))
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 
 from qwix._src.core import qarray, sparsity
 from qwix._src.core.sparsity import SparsityRule
+
+Operand = jax.Array | qarray.QArray
 
 
 class SparsityModule(nnx.Module):
@@ -45,11 +52,7 @@ class SparsityModule(nnx.Module):
         sharding_axes: tuple[jax.P | str | None, ...],
         sparsity_rule: SparsityRule | None = None,
     ):
-        if sparsity_rule is not None and sparsity_rule.weight_sparsity_update_step < 1:
-            raise ValueError(
-                f"weight_sparsity_update_step={sparsity_rule.weight_sparsity_update_step}: a mask is found anew every "
-                "1 or more steps; eval_mode=True keeps it"
-            )
+        _check(sparsity_rule)
         self.sparsity_rule = sparsity_rule
         self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
         # Without a mesh the names are kept for later; NNX would look for one.
@@ -57,9 +60,7 @@ class SparsityModule(nnx.Module):
         mask = jnp.ones(shape, jnp.bool_)
         self.mask = nnx.BatchStat(mask, out_sharding=sharding_axes, eager_sharding=on_mesh)
 
-    def __call__(
-        self, inputs: jax.Array | qarray.QArray, weight: jax.Array | qarray.QArray
-    ) -> tuple[jax.Array | qarray.QArray, jax.Array | qarray.QArray]:
+    def __call__(self, inputs: Operand, weight: Operand) -> tuple[Operand, Operand]:
         """Pruned activations and weight, each an array or a QArray as given.
 
         Raises:
@@ -68,27 +69,82 @@ class SparsityModule(nnx.Module):
         rule = self.sparsity_rule
         if rule is None:
             return inputs, weight
-        if rule.activation_sparsity_n and rule.activation_sparsity_m:
-            inputs = sparsity.apply_sparsity(inputs, _mask(inputs, rule, "activation"))
-        if rule.weight_sparsity_n and rule.weight_sparsity_m:
-            if tuple(weight.shape) != tuple(self.mask.shape):
-                raise ValueError(f"a weight of shape {weight.shape} in a SparsityModule of shape {self.mask.shape}")
-            if not rule.eval_mode:
-                self._update(weight, rule)
-            weight = sparsity.apply_sparsity(weight, self.mask.get_value())
-        return inputs, weight
-
-    def _update(self, weight: jax.Array | qarray.QArray, rule: SparsityRule) -> None:
-        step = self.step.get_value()
-        since = step - rule.weight_sparsity_start_step
-        is_due = (since >= 0) & (since % rule.weight_sparsity_update_step == 0)
-        mask = self.mask.get_value()
-        self.mask.set_value(jax.lax.cond(is_due, lambda: _mask(weight, rule, "weight"), lambda: mask))
-        self.step.set_value(step + 1)
+        inputs = _pruned_inputs(inputs, rule)
+        if not rule.prunes("weight"):
+            return inputs, weight
+        if tuple(weight.shape) != tuple(self.mask.shape):
+            raise ValueError(f"a weight of shape {weight.shape} in a SparsityModule of shape {self.mask.shape}")
+        if not rule.eval_mode:
+            step = self.step.get_value()
+            self.mask.set_value(_mask_at(step, self.mask.get_value(), weight, rule))
+            self.step.set_value(step + 1)
+        return inputs, sparsity.apply_sparsity(weight, self.mask.get_value())
 
 
-def _mask(x: Any, rule: SparsityRule, kind: str) -> jax.Array:
-    n, m, order, block_size, offset = (
-        getattr(rule, f"{kind}_sparsity_{name}") for name in ("n", "m", "order", "block_size", "offset")
-    )
-    return sparsity.get_sparsity_mask(x, n, m, order, block_size, offset)
+class LinenSparsityModule(nn.Module):
+    """`SparsityModule` for Linen: `step` and `mask` are variables of the collection `batch_stats`.
+
+    A call is a step where the collection is mutable, but for that of `init`; elsewhere, and in eval mode, the mask
+    stays as it is.
+
+    Attributes:
+      sparsity_rule: None leaves both operands alone.
+      sharding_axes: names of mesh axes for the mask (an `nn.Partitioned`), as those of the weight; None: none.
+
+    >>> module = LinenSparsityModule(SparsityRule(weight_sparsity_n=1, weight_sparsity_m=2))
+    >>> x, kernel = jnp.ones((1, 1)), jnp.array([[3.0, 4.0]])
+    >>> variables = module.init({}, x, kernel)
+    >>> (_, pruned), variables = module.apply(variables, x, kernel, mutable=['batch_stats'])
+    >>> pruned.tolist(), variables['batch_stats']['mask'].tolist()
+    ([[0.0, 4.0]], [[False, True]])
+    """
+
+    sparsity_rule: SparsityRule | None = None
+    sharding_axes: tuple[str | None, ...] | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Operand, weight: Operand) -> tuple[Operand, Operand]:
+        """Pruned activations and weight, each an array or a QArray as given.
+
+        Raises:
+          ValueError: the weight does not have the mask's shape, or m does not divide an array.
+        """
+        rule = self.sparsity_rule
+        _check(rule)
+        if rule is None:
+            return inputs, weight
+        inputs = _pruned_inputs(inputs, rule)
+        if not rule.prunes("weight"):
+            return inputs, weight
+        make: Any = lambda: jnp.ones(weight.shape, jnp.bool_)  # noqa: E731
+        if self.sharding_axes is not None:
+            make = nn.with_partitioning(make, self.sharding_axes)
+        mask = self.variable("batch_stats", "mask", make)
+        step = self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
+        if tuple(weight.shape) != tuple(mask.value.shape):
+            raise ValueError(f"a weight of shape {weight.shape} where the mask has shape {mask.value.shape}")
+        if not rule.eval_mode and not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+            mask.value = _mask_at(step.value, mask.value, weight, rule)
+            step.value = step.value + 1
+        return inputs, sparsity.apply_sparsity(weight, mask.value)
+
+
+def _check(rule: SparsityRule | None) -> None:
+    if rule is not None and rule.weight_sparsity_update_step < 1:
+        raise ValueError(
+            f"weight_sparsity_update_step={rule.weight_sparsity_update_step}: a mask is found anew every 1 or more "
+            "steps; eval_mode=True keeps it"
+        )
+
+
+def _pruned_inputs(inputs: Operand, rule: SparsityRule) -> Operand:
+    if not rule.prunes("activation"):
+        return inputs
+    return sparsity.apply_sparsity(inputs, rule.mask("activation", inputs))
+
+
+def _mask_at(step: jax.Array, mask: jax.Array, weight: Operand, rule: SparsityRule) -> jax.Array:
+    """The mask that a step uses: a new one where it is due, else the one before."""
+    since = step - rule.weight_sparsity_start_step
+    is_due = (since >= 0) & (since % rule.weight_sparsity_update_step == 0)
+    return jax.lax.cond(is_due, lambda: rule.mask("weight", weight, step), lambda: mask)
