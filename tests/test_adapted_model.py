@@ -155,6 +155,142 @@ def test_linen_adapters_from_weights(fields):
         close(model.apply({"params": params}, x), 2 * twin(x), atol=1e-3)
 
 
+class LinenLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+        return x + nn.tanh(nn.Dense(16, use_bias=False, kernel_init=init, name="dense")(x)), None
+
+
+class LinenNet(nn.Module):
+    """Layers under nn.scan with partitioned kernels, a convolution, and a projection to heads."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            LinenLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = layers(name="layers")(x, None)
+        return nn.DenseGeneral((2, 4), name="split")(nn.Conv(16, (3,), name="conv")(x))
+
+
+# Sums of A and B in each weight of `LinenNet`, in NumPy.
+PRODUCTS = {
+    ("layers", "dense", "kernel"): "lir,lro->lio",
+    ("conv", "kernel"): "wir,ro->wio",
+    ("split", "kernel"): "ir,ro->io",
+}
+
+
+def linen_net(rule):
+    """A model with adapters that has run, its float twin's parameters, and an input."""
+    x = normal(2, 6, 16)
+    params = LinenNet().init(jax.random.key(0), x)["params"]
+    model = qwix.apply_lora_to_model(LinenNet(), qwix.LoraProvider(**rule))
+    return model, params, x
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq", "weight_qtype": "nf4"},
+        {"use_dora": True, "weight_qtype": "nf4"},
+    ],
+    ids=["pissa", "loftq", "dora"],
+)
+def test_linen_adapters_from_the_weights_of_stacks_and_convolutions(fields):
+    """PiSSA and DoRA leave the model as it was, LoftQ brings the quantized one nearer to it; boxes keep their names."""
+    model, params, x = linen_net({"rank": 4, "alpha": 8.0} | fields)
+    expected = LinenNet().apply({"params": params}, x)
+    adapted = qwix.init_lora_params(model, params, jax.random.key(1), x)
+    dense = adapted["layers"]["dense"]
+    assert dense["kernel_lora_a"].names == ("layers", "in", None) and dense["kernel_lora_a"].value.shape == (3, 16, 4)
+    assert dense["kernel_lora_b"].names == ("layers", None, "out")
+    out = model.apply({"params": adapted}, x)
+    merged = qwix.merge_lora(model, adapted)
+    assert merged["layers"]["dense"]["kernel"].names == ("layers", "in", "out")
+    close(LinenNet().apply({"params": merged}, x), out, atol=1e-3)
+    if "weight_qtype" in fields:
+        ptq = qwix.quantize_model(LinenNet(), qwix.PtqProvider([qwix.QuantizationRule(weight_qtype="nf4")]))
+        abstract = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
+        base = ptq.apply({"params": qwix.quantize_params(nn.unbox(params), abstract)}, x)
+    if "use_dora" in fields:
+        assert dense["kernel_lora_m"].names == ("layers", "out")
+        close(out, base, atol=1e-3)
+    elif "weight_qtype" in fields:
+        assert np.linalg.norm(out - expected) < 0.9 * np.linalg.norm(base - expected)
+    else:
+        close(out, expected, atol=1e-3)
+
+
+def test_linen_adapters_by_name():
+    model, _, x = linen_net({"rank": 3, "alpha": 6.0, "lora_b_initializer": NORMAL})
+    params, french = (model.init(jax.random.key(seed), x)["params"] for seed in (1, 2))
+    wide = qwix.apply_lora_to_model(LinenNet(), qwix.LoraProvider(rank=2, alpha=4.0, lora_b_initializer=NORMAL))
+    code = {"conv": qwix.lora_params(wide.init(jax.random.key(3), x)["params"])["conv"]}  # of one layer only
+    adapters = {"french": qwix.lora_params(french), "code": code}
+    trees = {"": nn.unbox(params)} | nn.unbox(adapters)
+
+    def expected(shares):
+        weights = nn.unbox(params)
+        for path, product in PRODUCTS.items():
+            *keys, name = path
+            holder = weights
+            for key in keys:
+                holder = holder[key]
+            for adapter, share in shares.items():
+                tree = trees[adapter]
+                for key in keys:
+                    tree = tree.get(key, {})
+                if tree:
+                    change = np.einsum(product, tree[f"{name}_lora_a"], tree[f"{name}_lora_b"])
+                    holder[name] = holder[name] + 2.0 * share * change.reshape(holder[name].shape)
+        return LinenNet().apply({"params": weights}, x)
+
+    run = jax.jit(lambda params: model.apply({"params": params}, x))
+    for active, shares in (
+        ("french", {"french": 1.0}),
+        (None, {}),
+        ("", {"": 1.0}),
+        ({"": 0.25, "french": 0.5, "code": -1.0}, {"": 0.25, "french": 0.5, "code": -1.0}),
+    ):
+        chosen = qwix.set_adapter(model, active, params, adapters)
+        close(run(chosen), expected(shares))
+    close(LinenNet().apply({"params": qwix.merge_lora(model, chosen)}, x), expected(shares))
+    assert chosen["layers"]["dense"]["kernel_lora_a"].names == ("layers", "in", None)
+    assert run._cache_size() == 2  # one choice of one adapter is as any other
+
+
+def test_linen_adapters_that_do_not_fit():
+    model, params, x = linen_net({"rank": 3, "alpha": 6.0, "use_dora": True})
+    params = qwix.init_lora_params(model, params, jax.random.key(1), x)
+    other = qwix.lora_params(jax.tree.map(lambda leaf: 2 * leaf, params))
+    chosen = qwix.set_adapter(model, "other", params, {"other": other})
+    close(chosen["conv"]["kernel_lora_m"], other["conv"]["kernel_lora_m"])
+    base = qwix.set_adapter(model, None, params | {"conv": params["conv"] | other["conv"]})
+    close(model.apply({"params": base}, x), model.apply({"params": params}, x), atol=1e-3)
+    with pytest.raises(ValueError, match="acts alone"):
+        qwix.set_adapter(model, {"": 0.5, "other": 0.5}, params, {"other": other})
+    with pytest.raises(ValueError, match="no adapter 'german'; there are"):
+        qwix.set_adapter(model, "german", params)
+    with pytest.raises(ValueError, match="has up/kernel_lora_a, and the model's params have not"):
+        qwix.set_adapter(model, "x", params, {"x": {"up": {"kernel_lora_a": jnp.ones((1, 1))}}})
+    with pytest.raises(ValueError, match="do not fit"):
+        bad = {"conv": {"kernel_lora_a": jnp.ones((3, 16, 2)), "kernel_lora_b": jnp.ones((3, 16))}}
+        qwix.set_adapter(model, "x", params, {"x": bad})
+    with pytest.raises(ValueError, match="needs params"):
+        qwix.set_adapter(model, None)
+    with pytest.raises(ValueError, match="has not run yet"):
+        qwix.set_adapter(qwix.apply_lora_to_model(LinenNet(), qwix.LoraProvider(rank=3, alpha=6.0)), None, params)
+    with pytest.raises(ValueError, match="use add_adapter"):
+        qwix.set_adapter(lora(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), normal(2, 8)), None, params)
+
+
 def test_adapters_are_taken_out_and_put_in():
     x = normal(2, 8)
     linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))

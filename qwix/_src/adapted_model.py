@@ -30,7 +30,7 @@ from qwix._src import model as _model
 from qwix._src import qconfig
 from qwix._src.core import qarray
 from qwix._src.providers import adapters, lora, ptq, quantized_param
-from qwix._src.providers.adapters import AdaptedWeight, Adapter
+from qwix._src.providers.adapters import DEFAULT, AdaptedWeight, Adapter
 from qwix._src.providers.with_aux import WithAux
 from qwix._src.utils import flax_util
 
@@ -38,7 +38,7 @@ from qwix._src.utils import flax_util
 _MARKS = ("qwix_path", "disable_quant_stats_update", "qwix_rngs", "lora_rngs")
 
 
-def lora_params(model: Any, adapter: str = adapters.DEFAULT) -> Any:
+def lora_params(model: Any, adapter: str = DEFAULT) -> Any:
     """The parameters of an adapter alone: what has to be trained, saved and sent.
 
     Args:
@@ -63,7 +63,7 @@ def lora_params(model: Any, adapter: str = adapters.DEFAULT) -> Any:
         this = weight.adapter(adapter)
         if this is not None:
             for part in this.parts:
-                key = (*path, dataclasses.replace(this, name=adapters.DEFAULT).attribute(name, part))
+                key = (*path, dataclasses.replace(this, name=DEFAULT).attribute(name, part))
                 found[key] = getattr(owner, this.attribute(name, part))
     if not found:
         raise ValueError(f"{type(model).__name__} has no adapter {adapter!r}; it has {adapter_names(model)}")
@@ -92,7 +92,7 @@ def init_lora_params(
 
     Args:
       model: what `apply_lora_to_model` gives.
-      params: pure nested dict of the float parameters.
+      params: nested dict of the float parameters. If they are boxed (`nn.Partitioned`), so is the result, as by `init`.
       key: for A and B.
       *args: inputs of the model; shapes are enough.
       quant_stats: as of `quantize_params`.
@@ -120,7 +120,8 @@ def init_lora_params(
         abstract = jax.eval_shape(inputs, *args)["params"]
     finally:
         provider.starts_from_weights = False
-    tree = nnx.traversals.unflatten_mapping(dict(ptq.flatten(params)))
+    given = dict(ptq.flatten(params))
+    tree = nnx.traversals.unflatten_mapping({keys: flax_util.unbox(value) for keys, value in given.items()})
     draw = nnx.Rngs(params=key).params
     new: dict[tuple[Any, ...], Any] = {}
     for keys, rule in provider.linen_rules.items():
@@ -134,8 +135,10 @@ def init_lora_params(
         weight = provider.linen_weights[keys]
         parts = adapters.Addition(weight, weight.adapters[0], rule).parts(tree, keys, replacement, draw)
         new |= {(*keys[:-1], f"{keys[-1]}_lora_{part}"): value for part, value in parts.items()}
-    result = dict(ptq.flatten(ptq.quantize_params(tree, abstract, quant_stats or {})))
-    return nnx.traversals.unflatten_mapping(result | new)
+    quantized = dict(ptq.flatten(ptq.quantize_params(tree, abstract, quant_stats or {})))
+    result: Any = nnx.traversals.unflatten_mapping(quantized | new)
+    is_boxed = any(isinstance(value, nn.meta.AxisMetadata) for value in given.values())
+    return _reboxed(abstract, result) if is_boxed else result
 
 
 def adapter_names(model: nnx.Module) -> list[str]:
@@ -187,7 +190,7 @@ def add_adapter(
     new: list[tuple[Any, str, AdaptedWeight, Adapter, dict[str, Any]]] = []
     used: set[tuple[Any, ...]] = set()
     for path, owner, weight_name, weight in adapters.adapted_weights(model):
-        like = weight.adapter(adapters.DEFAULT) or weight.adapters[0]
+        like = weight.adapter(DEFAULT) or weight.adapters[0]
         values: dict[str, Any] = {}
         if params is None:
             a, b = (flax_util.unbox(getattr(owner, like.attribute(weight_name, part))) for part in "ab")
@@ -248,18 +251,52 @@ def _rank_of(weight: AdaptedWeight, values: dict[str, Any], where: str) -> int:
     return rank
 
 
-def set_adapter(model: nnx.Module, active: str | Mapping[str, float] | None) -> None:
-    """Chooses the adapters of an NNX model that act, in place.
+def set_adapter(
+    model: Any,
+    active: str | Mapping[str, float] | None,
+    params: Any | None = None,
+    adapters: Mapping[str, Any] | None = None,
+) -> Any:
+    """Chooses the adapters of a model that act.
 
     Args:
-      model: a model with adapters.
+      model: an NNX or Linen model with adapters; an NNX model is changed in place.
       active: a name ('' is the one that `apply_lora_to_model` made); names with shares, whose updates are added up,
         each times its share; None: no adapter acts, which gives the base.
+      params: Linen only, and needed there: its parameters. Their adapter is the one named ''.
+      adapters: Linen only: name -> adapter, as `lora_params` takes it out; ranks may differ. The model's rule says
+        alpha / rank for all of them: where one was trained with another, its share is to be multiplied by the ratio.
+
+    Returns:
+      NNX: None. Linen: the parameters with the chosen adapters in place of theirs. Several become one: of the sum of
+      their ranks, for [A1, A2] [s1 B1; s2 B2] = s1 A1 B1 + s2 A2 B2. With equal ranks, another choice of one adapter
+      is no reason to compile anew.
 
     Raises:
-      ValueError: an adapter is unknown, or one with a magnitude (DoRA) is mixed with others.
+      ValueError: an adapter is unknown or does not fit, or one with a magnitude (DoRA) is mixed with others; a Linen
+        model has not run yet.
+
+    >>> import jax.numpy as jnp, qwix
+    >>> x, key = jnp.ones((1, 8)), jax.random.key(0)
+    >>> model = qwix.apply_lora_to_model(nn.Dense(4), qwix.LoraProvider(rank=2, alpha=2.0))
+    >>> params = model.init(key, x)['params']
+    >>> french = jax.tree.map(jnp.ones_like, lora_params(params))
+    >>> mixed = set_adapter(model, {'': 0.5, 'french': 0.5}, params, {'french': french})
+    >>> mixed['kernel_lora_a'].shape, mixed['kernel_lora_b'].shape
+    ((8, 4), (4, 4))
     """
     shares = {} if active is None else {active: 1.0} if isinstance(active, str) else dict(active)
+    if isinstance(model, nn.Module):
+        if params is None:
+            raise ValueError("set_adapter of a Linen model needs params, and returns them with other adapters")
+        return _set_linen_adapter(model, shares, params, adapters or {})
+    if params is not None or adapters is not None:
+        raise ValueError("an NNX model holds its adapters itself: use add_adapter, and leave out params and adapters")
+    _set_nnx_adapter(model, shares)
+    return None
+
+
+def _set_nnx_adapter(model: nnx.Module, shares: Mapping[str, float]) -> None:
     for name in shares:
         if name not in adapter_names(model):
             raise ValueError(f"{type(model).__name__} has no adapter {name!r}; it has {adapter_names(model)}")
@@ -272,6 +309,59 @@ def set_adapter(model: nnx.Module, active: str | Mapping[str, float] | None) -> 
             raise ValueError(f"{where}: an adapter with use_dora acts alone and with share 1, not as {dict(chosen)}")
     for _, owner, weight_name, weight in weights:
         setattr(owner, f"{weight_name}_lora", dataclasses.replace(weight, active=chosen))
+
+
+def _set_linen_adapter(
+    model: nn.Module, shares: Mapping[str, float], params: Any, adapters: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = {name: dict(ptq.flatten(tree)) for name, tree in adapters.items()}
+    flat = dict(ptq.flatten(params))
+    given[DEFAULT] = dict(ptq.flatten(_linen_lora_params(params)))
+    for name in shares:
+        if name not in given:
+            raise ValueError(f"there is no adapter {name!r}; there are {sorted(given)}")
+        unknown = sorted("/".join(map(str, keys)) for keys in given[name].keys() - flat.keys())
+        if unknown:
+            raise ValueError(f"the adapter {name!r} has {unknown[0]}, and the model's params have not")
+    result = dict(flat)
+    for keys, weight in _linen_weights(model, flat).items():
+        where = "/".join(map(str, keys))
+        names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "abm"}
+        used = [(share, given[name]) for name, share in shares.items() if names["a"] in given[name]]
+        if names["m"] in flat and used and [share for share, _ in used] != [1.0]:
+            raise ValueError(f"{where}: an adapter with use_dora acts alone and with share 1, not as {dict(shares)}")
+        values = [(share, {p: flax_util.unbox(tree[n]) for p, n in names.items() if n in tree}) for share, tree in used]
+        for _, parts in values:
+            _rank_of(weight, parts, where)
+        if not values:
+            values = [(0.0, {part: flax_util.unbox(flat[name]) for part, name in names.items() if name in flat})]
+        parts = _mixed(weight, values)
+        if names["m"] in flat:
+            parts["m"] = values[0][1]["m"] if used else _norms_of_base(weight, flat[keys], parts)
+        for part, value in parts.items():
+            result[names[part]] = flax_util.update_boxed(flat[names[part]], value=value)
+    return nnx.traversals.unflatten_mapping(result)
+
+
+def _mixed(weight: AdaptedWeight, values: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """A and B of the sum of several adapters, each times its share: theirs side by side along the rank."""
+    factors = weight.factors
+    extra = values[0][1]["a"].ndim - len(factors.a)
+    dtype = values[0][1]["a"].dtype
+    all_a = [parts["a"].astype(dtype) for _, parts in values]
+    all_b = [(share * parts["b"]).astype(dtype) for share, parts in values]
+    return {
+        "a": jnp.concatenate(all_a, axis=extra + factors.a.index(None)),
+        "b": jnp.concatenate(all_b, axis=extra + factors.b.index(None)),
+    }
+
+
+def _norms_of_base(weight: AdaptedWeight, boxed: Any, parts: dict[str, Any]) -> jax.Array:
+    """The magnitude with which DoRA leaves a weight as it is, where B is zero."""
+    operand = weight.to_operand(_float_of(boxed))
+    norms = weight.norms(operand, parts["a"], parts["b"], scaling=1.0)
+    leading = norms.shape[: parts["a"].ndim - len(weight.factors.a)]
+    return norms.reshape(*leading, *adapters.magnitude_shape(weight.factors)).astype(parts["a"].dtype)
 
 
 def merge_lora(model: Any, params: Any | None = None, *, requantize: bool = False) -> Any:
@@ -339,9 +429,9 @@ def _float_of(stored: Any) -> jax.Array:
     return qarray.dequantize(value.array) if isinstance(value, WithAux) else value
 
 
-def _reboxed(stored: WithAux, new: WithAux) -> WithAux:
-    """A quantized weight in the boxes of another one."""
-    is_box = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+def _reboxed(stored: Any, new: Any) -> Any:
+    """A quantized weight, or a tree of parameters, in the boxes of another one."""
+    is_box = lambda x: isinstance(x, (nnx.Variable, nn.meta.AxisMetadata))  # noqa: E731
     return jax.tree.map(lambda box, leaf: flax_util.update_boxed(box, value=leaf), stored, new, is_leaf=is_box)
 
 
@@ -370,32 +460,44 @@ def _without_provider(model: Any, requantize: bool) -> Any:
     return _model.quantize_model(model, ptq.PtqProvider(rules), methods=methods, skip_nnx_init=True)
 
 
-def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
-    weights: dict[tuple[Any, ...], AdaptedWeight] = {}
+def _linen_weights(model: nn.Module, flat: Mapping[tuple[Any, ...], Any]) -> dict[tuple[Any, ...], AdaptedWeight]:
+    """What the adapters in the parameters of a Linen model mean, by the keys of their weights."""
+    known: dict[tuple[Any, ...], AdaptedWeight] = {}
     for _, provider in _providers(model):
         if isinstance(provider, lora.LoraProvider):
-            weights |= provider.linen_weights
+            known |= provider.linen_weights
+    result = {}
+    for keys, boxed in flat.items():
+        if (*keys[:-1], f"{keys[-1]}_lora_a") not in flat:
+            continue
+        if keys not in known:
+            where = "/".join(map(str, keys))
+            raise ValueError(f"{where}: this model has not run yet, call its init or apply (maybe in jax.eval_shape)")
+        weight, shape = known[keys], flax_util.unbox(boxed).shape
+        views = weight.views
+        if views and views[0].kind == "reshape" and shape[-len(weight.stored_shape) :] != weight.stored_shape:
+            weight = dataclasses.replace(weight, views=views[1:])  # that was done before it was quantized
+        result[keys] = weight
+    return result
+
+
+def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
     flat = dict(ptq.flatten(params))
+    weights = _linen_weights(model, flat)
     result: dict[tuple[Any, ...], Any] = {}
     for keys, boxed in flat.items():
         if re.search(r"_lora_[abm]$", str(keys[-1])):
             continue
-        names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "abm"}
-        if names["a"] not in flat:
+        if keys not in weights:
             is_quantized = isinstance(flax_util.unbox(boxed), WithAux)
             result[keys] = _linen_float(boxed, _float_of(boxed)) if is_quantized else boxed
             continue
-        where = "/".join(map(str, keys))
-        if keys not in weights:
-            raise ValueError(f"{where}: this model has not run yet, call its init or apply (maybe in jax.eval_shape)")
         weight = weights[keys]
-        _check_mergeable(weight, where)
+        _check_mergeable(weight, "/".join(map(str, keys)))
         value = _float_of(boxed)
-        views = weight.views
-        if tuple(value.shape) != weight.stored_shape and views and views[0].kind == "reshape":
-            weight = dataclasses.replace(weight, views=views[1:])
+        names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "abm"}
         values = {part: flax_util.unbox(flat[name]) for part, name in names.items() if name in flat}
-        out = weight.merged(value, {adapters.DEFAULT: values}).astype(value.dtype)
+        out = weight.merged(value, {DEFAULT: values}).astype(value.dtype)
         result[keys] = _linen_float(boxed, out)
     return nnx.traversals.unflatten_mapping(result)
 

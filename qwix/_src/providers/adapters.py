@@ -141,13 +141,15 @@ class AdaptedWeight:
             a, b = (values[name][part].astype(jnp.float32) for part in "ab")
             total = total + share * adapter.scaling * self.factors.product(a, b)
             if adapter.use_dora:
-                norms = over_leading(functools.partial(self._norms, adapter.scaling), extra)(base, a, b)
+                norms = self.norms(base, a, b, adapter.scaling)
                 ratio = values[name]["m"].astype(jnp.float32).reshape(norms.shape) / norms
                 total = over_leading(self.factors.scale_columns, extra)(total, ratio)
         return self.to_stored(total)
 
-    def _norms(self, scaling: float, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return low_rank.column_norms(self.factors, weight, a, b, scaling)
+    def norms(self, operand: jax.Array, a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
+        """`low_rank.column_norms` of the operand of the op, which may be stacked along leading axes."""
+        norms = lambda w, a, b: low_rank.column_norms(self.factors, w, a, b, scaling)  # noqa: E731
+        return over_leading(norms, operand.ndim - len(self.factors.shape))(operand, a, b)
 
 
 def over_leading(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -298,7 +300,7 @@ class Addition:
         path = "/".join(map(str, keys))
         stored = flax_util.get_value_from_path(model, keys)
         boxed = stored.array.qvalue if isinstance(stored, WithAux) else stored
-        shape = tuple(boxed.shape)
+        shape = tuple(flax_util.unbox(boxed).shape)
         extra = len(shape) - len(self.weight.stored_shape)
         if shape[max(extra, 0) :] != self.weight.stored_shape:
             raise ValueError(
@@ -385,9 +387,8 @@ class Addition:
             set_at(model, keys, flax_util.update_boxed(stored, value=base))
             values = result
         if self.adapter.use_dora:
-            norms = over_leading(lambda w, a, b: low_rank.column_norms(factors, w, a, b, scaling), extra)
             operand = weight.to_operand(base if exact is None else as_stored(base))
-            m = norms(operand, values["a"], values["b"])
+            m = weight.norms(operand, values["a"], values["b"], scaling)
             lead = m.shape[:extra]
             result["m"] = m.reshape(*lead, *magnitude_shape(factors)).astype(dtype)
         return result

@@ -319,9 +319,12 @@ class LoraProvider(boxed_param.BoxedParamProvider):
         self.linen_weights[found.ref.keys[len(root) :]] = weight
         self.linen_rules[found.ref.keys[len(root) :]] = rule
         axes = adapters.part_axes(weight)
+        initializers: dict[str, Callable[..., Any]] = {"a": rule.lora_a_initializer, "b": rule.lora_b_initializer}
+        shapes = dict(zip("ab", weight.factors.shapes(adapter.rank), strict=True))
+        if rule.use_dora:  # a magnitude from the weights takes its place
+            initializers["m"], shapes["m"] = jax.nn.initializers.ones, adapters.magnitude_shape(weight.factors)
         values = {}
-        initializers = {"a": rule.lora_a_initializer, "b": rule.lora_b_initializer}
-        for part, shape in zip("ab", weight.factors.shapes(adapter.rank), strict=True):
+        for part, shape in shapes.items():
 
             def init(key: jax.Array, part: str = part, shape: tuple[int, ...] = shape) -> Any:
                 stored = module.get_variable("params", found.ref.name)
@@ -333,10 +336,6 @@ class LoraProvider(boxed_param.BoxedParamProvider):
 
             name = adapter.attribute(found.ref.name, part)
             values[part] = flax_util.linen_param(module, name, init)
-        if rule.use_dora:
-            shape, dtype = adapters.magnitude_shape(weight.factors), values["a"].dtype
-            name = adapter.attribute(found.ref.name, "m")
-            values["m"] = flax_util.linen_param(module, name, lambda _: jnp.ones(shape, dtype))
         return [(adapter, 1.0, values)]
 
     def _nnx_parts(self, found: _Found, weight: AdaptedWeight) -> list[tuple[Adapter, float, dict[str, Any]]]:
