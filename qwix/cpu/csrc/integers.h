@@ -50,8 +50,8 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
   const uint8_t* const block_codes = job.codes + block * job.block_bytes();
   Floats out[kRows];
   for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
-  [[maybe_unused]] const char* extra = nullptr;
-  if constexpr (Dot::kSaturates) extra = limited.extra(limited.before()[(part.tile * steps + part.step) / Limited<Dot>::kChunk]);
+  [[maybe_unused]] const typename Limited<Dot>::Extra* extra = nullptr;
+  if constexpr (Dot::kSaturates) extra = limited.first_extra(part.tile * steps + part.step);
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     const char* acts = all_acts + (t * steps + part.step) * kGroups * kGroupActs;
     Ints sums[kRows];
@@ -86,24 +86,15 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
         for (auto& set : partial) sums[r] = Simd::iadd(sums[r], Dot::sums(set[r]));
       }
     }
-    if constexpr (Dot::kSaturates) {
-      const int64_t begin = t * steps + part.step, end = t * steps + part.step_end;
-      for (int32_t group;; extra += limited.extra_bytes()) {
-        std::memcpy(&group, extra, 4);
-        if (group >= end) break;
-        if (group < begin) continue;
-        const Bytes v = Simd::load_bytes(block_codes + group * kStepBytes);
-        for (int r = 0; r < kRows; ++r) {
-          typename Dot::Partial partial = Dot::zero();
-          Dot::add(partial, v, extra + 4 + 4 * r);
-          sums[r] = Simd::iadd(sums[r], Dot::sums(partial));
-        }
-      }
-    }
-    if (part.step_end < steps) {
+    const bool is_whole = part.step_end == steps;
+    if (Dot::kSaturates || !is_whole) {
       for (int r = 0; r < kRows; ++r) Simd::istore(waiting[r].ints, sums[r]);
-      continue;
     }
+    if constexpr (Dot::kSaturates) {
+      limited.add_extras(extra, t * steps + part.step, t * steps + part.step_end, block_codes, waiting);
+      for (int r = 0; r < kRows; ++r) sums[r] = Simd::iload(waiting[r].ints);
+    }
+    if (!is_whole) continue;
     Floats scale = load_scale(job, block, t);
     if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
     const bool asymmetric = kFormat != kE2M1 && job.zeros != nullptr;
@@ -143,19 +134,22 @@ void integer_group(const Job& job, int64_t block, int64_t row, int64_t rows, con
   });
 }
 
-constexpr int64_t kPartK = 512;  // of a part, where there are several groups of rows
+constexpr int64_t kPartK = 1024;  // of a part, where there are several groups of rows
 
 template <Format kFormat>
 void integer_product(const Job& job, const Range& range, char* workspace) {
   Waiting* waiting = reinterpret_cast<Waiting*>(workspace);
   const int64_t rows = range.end - range.begin;
   if (group_size(Simd::kRows, rows) == rows) {
-    each_part(job, INT64_MAX, [&](const Part& part) {
-      for (int64_t block = range.block; block < range.block_end; ++block) {
-        const uint8_t* codes = job.codes + block * job.block_bytes();
+    // In parts only as extras follow while their codes are in the cache.
+    constexpr int64_t kMost = Simd::Dot<is_full(kFormat)>::kSaturates ? kPartK / step_k(kFormat) : INT64_MAX;
+    for (int64_t block = range.block; block < range.block_end; ++block) {
+      const uint8_t* codes = job.codes + block * job.block_bytes();
+      each_part(job, kMost, [&](const Part& part) {
         integer_group<kFormat, false>(job, block, range.begin, rows, part, codes, kStreamAhead, waiting);
-      }
-    });
+        codes += part.steps() * kStepBytes;
+      });
+    }
     return;
   }
   [[maybe_unused]] uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);

@@ -204,7 +204,13 @@ void prepare_floats(const Job& job, int64_t row, float* out, int64_t stride) {
   }
 }
 
-// The codes of a group of rows on layers whose dot product saturates: some are taken out to a list.
+// Where sums of a row of a block wait, between parts of K or for more.
+struct Waiting {
+  float floats[16];
+  int32_t ints[16];
+};
+
+// The codes of a group of rows on layers whose dot product saturates: what is too much of some goes to a list.
 //
 // vpmaddubsw sums two products in 16 bits. With codes of 8 bits it does not saturate where the two activations sum to
 // at most 128 in magnitude, as 255 * 128 < 2^15: of normally distributed ones, that a scale maps to 127, all but one
@@ -214,6 +220,12 @@ template <class Dot>
 struct Limited {
   static constexpr int64_t kChunk = 128;  // groups of 4 k
 
+  struct Extra {
+    int32_t group;  // in ascending order; of the last one the number of groups
+    int32_t row;
+    int8_t codes[4];
+  };
+
   char* region;
   int64_t groups, rows;
 
@@ -221,51 +233,54 @@ struct Limited {
       : region(job.rows + row * job.row_stride), groups(job.padded_k() / 4), rows(rows) {}
 
   static int64_t header_bytes(int64_t k) { return (4 * (k / 4 / kChunk + 3) + 63) / 64 * 64; }
-  static int64_t row_bytes(int64_t k) { return header_bytes(k) + 2 * k; }
+  static int64_t row_bytes(int64_t k) { return header_bytes(k) + 2 * k + 2 * sizeof(Extra); }
 
   char* codes() const { return region + header_bytes(4 * groups) * rows; }
-  // The number of extras of each chunk and those before it; of the first, -1: the codes are widened.
+  // The number of extras before each chunk; of the first, -1: the codes are widened.
   int32_t* before() const { return reinterpret_cast<int32_t*>(region); }
   bool is_widened() const { return *before() < 0; }
-  // An extra: the index of a group, in ascending order (the last is `groups`), and 4 codes of each row.
-  int64_t extra_bytes() const { return 4 + 4 * rows; }
-  char* extra(int64_t i) const { return codes() + 4 * groups * rows + i * extra_bytes(); }
+  Extra* extras() const { return reinterpret_cast<Extra*>(codes() + 4 * groups * rows); }
 
   void limit() const {
-    // An extra costs as much as a group; widened, all groups cost a third more.
-    const int64_t most = groups / 4 - 1;
+    // An extra costs as much as half a group of four rows; widened, all groups cost a third more.
+    const int64_t most = groups * rows / 6;
+    const int64_t bytes = 4 * groups * rows, bytes_of_chunk = 4 * kChunk * rows;
     int64_t count = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      if (g % kChunk == 0) before()[g / kChunk] = static_cast<int32_t>(count);
-      int8_t* group = reinterpret_cast<int8_t*>(codes()) + 4 * rows * g;
-      int any = 0;
-      for (int64_t i = 0; i < 4 * rows; i += 2) any |= static_cast<unsigned>(group[i] + group[i + 1] + 128) > 256u;
-      if (!any) continue;
-      if (count >= most) return widen(count);
-      write_index(count, g);
-      int8_t* rest = reinterpret_cast<int8_t*>(extra(count) + 4);
-      for (int64_t i = 0; i < 4 * rows; ++i) {
-        const int8_t kept = std::clamp<int8_t>(group[i], -64, 64);
-        rest[i] = static_cast<int8_t>(group[i] - kept);
-        group[i] = kept;
+    for (int64_t at = 0; at < bytes; at += Dot::kLimitBytes) {
+      if (at % bytes_of_chunk == 0) before()[at / bytes_of_chunk] = static_cast<int32_t>(count);
+      for (uint32_t beyond = Dot::beyond(codes() + at, bytes - at); beyond != 0; beyond &= beyond - 1) {
+        if (count == most) return widen(count);
+        const int64_t i = at / 4 + __builtin_ctz(beyond);  // of four codes
+        Extra& extra = extras()[count++] = {static_cast<int32_t>(i / rows), static_cast<int32_t>(i % rows), {}};
+        int8_t* four = reinterpret_cast<int8_t*>(codes()) + 4 * i;
+        for (int j = 0; j < 4; ++j) {
+          const int8_t kept = std::clamp<int8_t>(four[j], -64, 64);
+          extra.codes[j] = static_cast<int8_t>(four[j] - kept);
+          four[j] = kept;
+        }
       }
-      ++count;
     }
-    before()[(groups + kChunk - 1) / kChunk] = static_cast<int32_t>(count);
-    write_index(count, groups);
+    extras()[count] = {static_cast<int32_t>(groups), 0, {}};
   }
+
+  // Adds the products of the extras of groups [begin, end), of which `extra` is the next, to the sums that wait.
+  void add_extras(const Extra*& extra, int64_t begin, int64_t end, const uint8_t* codes, Waiting* waiting) const {
+    for (; extra->group < end; ++extra) {
+      if (extra->group < begin) continue;
+      typename Dot::Partial sum = Simd::iload(waiting[extra->row].ints);
+      Dot::add(sum, Simd::load_bytes(codes + extra->group * kStepBytes), reinterpret_cast<const char*>(extra->codes));
+      Simd::istore(waiting[extra->row].ints, sum);
+    }
+  }
+
+  // The first extra that may be one of a group or a later one.
+  const Extra* first_extra(int64_t group) const { return extras() + before()[group / kChunk]; }
 
  private:
-  void write_index(int64_t i, int64_t group) const {
-    const int32_t index = static_cast<int32_t>(group);
-    std::memcpy(extra(i), &index, 4);
-  }
-
   void widen(int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      int32_t g;
-      std::memcpy(&g, extra(i), 4);
-      for (int64_t j = 0; j < 4 * rows; ++j) codes()[4 * rows * g + j] += extra(i)[4 + j];
+      const Extra& extra = extras()[i];
+      for (int j = 0; j < 4; ++j) codes()[4 * (extra.group * rows + extra.row) + j] += extra.codes[j];
     }
     for (int64_t i = groups * rows - 1; i >= 0; --i) Dot::widen(codes() + 8 * i, codes() + 4 * i);  // in place
     *before() = -1;
@@ -353,12 +368,6 @@ void each_part(const Job& job, int64_t most, Fn fn) {
     }
   }
 }
-
-// Where sums of a row of a block wait between parts.
-struct Waiting {
-  float floats[16];
-  int32_t ints[16];
-};
 
 // What one call of `multiply` does: blocks, rows.
 struct Range {

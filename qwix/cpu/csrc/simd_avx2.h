@@ -157,6 +157,13 @@ struct Simd {
     return {half(v.a), half(v.b)};
   }
 
+  // v, in a register before anything that follows is computed: with all products of a step first, GCC 12 has not
+  // registers enough, and keeps sums in memory.
+  static __m256i settled(__m256i v) {
+    __asm__ volatile("" : "+x"(v));
+    return v;
+  }
+
   static __m256i four(const char* act) {
     int32_t group;
     std::memcpy(&group, act, 4);
@@ -198,10 +205,21 @@ struct Simd::Dot<true> {
   static Partial zero() { return iset(0); }
   static void add(Partial& p, Bytes codes, const char* act) {
     const __m256i g = four(act), ones = _mm256_set1_epi16(1);
-    p.a = _mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, g), ones));
-    p.b = _mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, g), ones));
+    p.a = settled(_mm256_add_epi32(p.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, g), ones)));
+    p.b = settled(_mm256_add_epi32(p.b, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, g), ones)));
   }
   static Ints sums(Partial p) { return p; }
+
+  static constexpr int64_t kLimitBytes = 32;
+  // Of 32 codes, a bit for each four with a pair that sums to more than 128 in magnitude; only the first `count` exist.
+  static uint32_t beyond(const char* codes, int64_t count) {
+    const __m256i ones = _mm256_set1_epi8(1), bound = _mm256_set1_epi16(128);
+    const __m256i pairs = _mm256_maddubs_epi16(ones, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m256i halves = _mm256_cmpgt_epi16(_mm256_abs_epi16(pairs), bound);
+    const __m256i signs = _mm256_or_si256(halves, _mm256_slli_epi32(halves, 16));
+    const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(signs)));
+    return count < 32 ? bits & ((1u << count / 4) - 1) : bits;
+  }
 
   struct Widened;
   // 4 codes in int16, in the order 0 2 1 3; `to` may be `from`.
