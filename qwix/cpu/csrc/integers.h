@@ -141,11 +141,12 @@ void integer_product(const Job& job, const Range& range, char* workspace) {
   Waiting* waiting = reinterpret_cast<Waiting*>(workspace);
   const int64_t rows = range.end - range.begin;
   if (group_size(Simd::kRows, rows) == rows) {
-    // In parts only as extras follow while their codes are in the cache.
-    constexpr int64_t kMost = Simd::Dot<is_full(kFormat)>::kSaturates ? kPartK / step_k(kFormat) : INT64_MAX;
+    // In parts only as extras follow while their codes are in the cache; a single row has few of them.
+    const bool in_parts = Simd::Dot<is_full(kFormat)>::kSaturates && rows > 1;
+    const int64_t most = in_parts ? kPartK / step_k(kFormat) : INT64_MAX;
     for (int64_t block = range.block; block < range.block_end; ++block) {
       const uint8_t* codes = job.codes + block * job.block_bytes();
-      each_part(job, kMost, [&](const Part& part) {
+      each_part(job, most, [&](const Part& part) {
         integer_group<kFormat, false>(job, block, range.begin, rows, part, codes, kStreamAhead, waiting);
         codes += part.steps() * kStepBytes;
       });

@@ -264,8 +264,8 @@ struct Simd::Dot<false> {
   static Partial zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static void add(Partial& p, Bytes codes, const char* act) {
     const __m256i g = four(act);
-    p.a = _mm256_add_epi16(p.a, _mm256_maddubs_epi16(codes.a, g));
-    p.b = _mm256_add_epi16(p.b, _mm256_maddubs_epi16(codes.b, g));
+    p.a = settled(_mm256_add_epi16(p.a, _mm256_maddubs_epi16(codes.a, g)));
+    p.b = settled(_mm256_add_epi16(p.b, _mm256_maddubs_epi16(codes.b, g)));
   }
   static Ints sums(Partial p) {
     const __m256i ones = _mm256_set1_epi16(1);
