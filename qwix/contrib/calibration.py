@@ -201,11 +201,51 @@ class SinglePassCalibrationProvider(CalibrationProvider):
                     f"{weight.path}, {op_id}: the activations hold NaN or inf, or overflow their {name}: calibrate "
                     "with other inputs, or find the layer that makes them"
                 )
-        _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats, features.groups)
+        axes = tuple(axis - len(features.shape) for axis in features.axes)
+        # Of a weight that is traced nobody knows where it lies.
+        placed = None if isinstance(weight.value, jax.core.Tracer) else sharding_of(weight.value, axes, features.groups)
+        _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats, features.groups, placed)
+
+
+def sharding_of(weight: Any, axes: Sequence[int], groups: Sequence[int]) -> jax.sharding.NamedSharding | None:
+    """How statistics of a weight's inputs are sharded: their features, and groups, as these axes of the weight.
+
+    Args:
+      weight: an array.
+      axes: of it, counted from the last one, that the features run over; () if unknown.
+      groups: see `input_features.Features`.
+
+    Returns:
+      The sharding of the first axes of a statistic; None if the weight is not sharded along them.
+    """
+    sharding = getattr(weight, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or not axes:
+        return None
+    spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
+    aligned = len(groups) == weight.ndim  # else there are axes of layers, of which some are no groups
+    of_groups = [spec[i] if aligned and n > 1 else None for i, n in enumerate(groups)]
+    found = [*of_groups, spec[axes[0]]]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.P(*found)) if any(found) else None
+
+
+def sharded(stats: Mapping[str, jax.Array], sharding: jax.sharding.NamedSharding | None) -> dict[str, jax.Array]:
+    """Statistics with the sharding of `sharding_of`."""
+    if sharding is None:
+        return dict(stats)
+
+    def place(x: jax.Array) -> jax.Array:
+        placed = jax.sharding.NamedSharding(sharding.mesh, jax.P(*sharding.spec[: x.ndim]))
+        return jax.lax.with_sharding_constraint(x, placed)
+
+    return {name: place(x) for name, x in stats.items()}
 
 
 def _accumulate(
-    weight: provenance.ParamRef, name: str, stats: Mapping[str, jax.Array], groups: tuple[int, ...] = ()
+    weight: provenance.ParamRef,
+    name: str,
+    stats: Mapping[str, jax.Array],
+    groups: tuple[int, ...],
+    sharding: jax.sharding.NamedSharding | None,
 ) -> None:
     """Averages statistics, whose first axes are those of `groups`, into the variable `name` next to a weight."""
     module = weight.module
@@ -228,7 +268,7 @@ def _accumulate(
             "another type."
         )
     if flax_util.should_update_quant_stats():
-        average = _average.update(average, stats)
+        average = sharded(_average.update(average, stats), sharding)
     if isinstance(module, nnx.Module):
         if stored is None:
             setattr(module, name, flax_util.QuantStat(average))

@@ -42,6 +42,7 @@ class Features:
       group_of_sample: (samples,) the group of each, where samples are sorted into groups; one that is none counts for
         none.
       shape: of the parameter as the op sees it: without the axes of layers that a scan or vmap stacked.
+      axes: of `shape`, those that the features run over, ascending; () if it was reshaped first.
     """
 
     ref: provenance.ParamRef
@@ -49,6 +50,7 @@ class Features:
     groups: tuple[int, ...] = ()
     group_of_sample: jax.Array | None = None
     shape: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
 
     def map_groups(self, compute: Callable[[jax.Array], Any]) -> Any:
         """compute((features, samples)) of each group, with the axes `groups` in front of each result's.
@@ -98,21 +100,23 @@ class Use:
         Raises:
           ValueError: features or groups are not whole axes of the stored weight.
         """
-        order = _stored_order(self.ref, self.shape, self.axes)
+        order, axes = _stored_order(self.ref, self.shape, self.axes)
         inside = max((i for i, view in enumerate(self.ref.views, 1) if view.kind == "map"), default=0)
         shape = tuple(next((view.in_shape for view in self.ref.views[inside:]), self.shape))
+        if self.ref.views and self.ref.views[0].kind in ("reshape", "map"):
+            axes = ()
         x = self.x if np.array_equal(order, np.arange(len(order))) else self.x[..., order, :]
         if self.group_of_sample is not None:
             if not per_group:
-                return Features(self.ref, jnp.where(self.group_of_sample >= 0, x, 0), shape=shape)
-            return Features(self.ref, x, self._stored_groups()[0], self.group_of_sample, shape)
+                return Features(self.ref, jnp.where(self.group_of_sample >= 0, x, 0), shape=shape, axes=axes)
+            return Features(self.ref, x, self._stored_groups()[0], self.group_of_sample, shape, axes)
         if not self.group_axes or not per_group:
             # Groups are samples: (groups, features, samples) -> (features, groups * samples).
             x = x[0] if len(x) == 1 else jnp.moveaxis(x, 0, 1).reshape(len(order), -1)
-            return Features(self.ref, x, shape=shape)
+            return Features(self.ref, x, shape=shape, axes=axes)
         groups, group_order = self._stored_groups()
         moved = not np.array_equal(group_order, np.arange(len(group_order)))
-        return Features(self.ref, x[group_order] if moved else x, groups, shape=shape)
+        return Features(self.ref, x[group_order] if moved else x, groups, shape=shape, axes=axes)
 
     def _stored_groups(self) -> tuple[tuple[int, ...], np.ndarray]:
         """The groups along each stored axis, and for each of them which one of `x` it is."""
@@ -122,7 +126,7 @@ class Use:
         if any(size != 1 for _, size in self.group_axes):
             order = np.arange(self.shape[self.group_axes[0][0]] // self.group_axes[0][1])  # of a convolution
         else:
-            order = _stored_order(self.ref, self.shape, [axis for axis, _ in self.group_axes])
+            order, _ = _stored_order(self.ref, self.shape, [axis for axis, _ in self.group_axes])
         shape, views = self.shape, _stored_views(self.ref)
         for view in reversed(views):
             granularity, shape = list(view.pull(granularity)), view.in_shape
@@ -226,8 +230,10 @@ def _stored_views(ref: provenance.ParamRef) -> tuple[provenance.View, ...]:
     return ref.views[1:] if ref.views and ref.views[0].kind == "reshape" else ref.views
 
 
-def _stored_order(ref: provenance.ParamRef, shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
-    """For each element of some axes of the stored weight, which one of the operand it is.
+def _stored_order(
+    ref: provenance.ParamRef, shape: tuple[int, ...], axes: Sequence[int]
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """For each element of some axes of the stored weight, which one of the operand it is; and these axes, ascending.
 
     Args:
       ref: the steps from the parameter to the operand.
@@ -254,4 +260,4 @@ def _stored_order(ref: provenance.ParamRef, shape: tuple[int, ...], axes: Sequen
                 f"the op contracts {len(order)} elements of it, which are not whole axes of the parameter of shape "
                 f"{shape}"
             )
-    return order
+    return order, tuple(axes)

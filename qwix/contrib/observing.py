@@ -99,10 +99,11 @@ def params_of(model: Any, variables: Any) -> Any:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def abstract_params(model: Any, provider: qconfig.QuantizationProvider, inputs: Call) -> Any:
+def abstract_params(model: Any, provider: qconfig.QuantizationProvider, inputs: Call, method: str = "__call__") -> Any:
     """What the model's parameters become under a provider, without values: a tree in Linen, a model in NNX."""
     args, kwargs = inputs
     if isinstance(model, nn.Module):
-        quantized = model_lib.quantize_model(model, provider)
-        return jax.eval_shape(quantized.init, jax.random.key(0), *args, **kwargs)["params"]
-    return nnx.eval_shape(lambda: model_lib.quantize_model(model, provider, *args, **kwargs))
+        quantized = model_lib.quantize_model(model, provider, methods=(method,))
+        init = lambda: quantized.init(jax.random.key(0), *args, method=method, **kwargs)  # noqa: E731
+        return jax.eval_shape(init)["params"]
+    return nnx.eval_shape(lambda: model_lib.quantize_model(model, provider, *args, methods=(method,), **kwargs))

@@ -41,6 +41,7 @@ from qwix._src import nnx_nodes, qconfig
 from qwix._src.core import dot_general as core_dot_general
 from qwix._src.core import einsum as core_einsum
 from qwix._src.core import einsum_info, numerics, operands, pytree, qarray, tiling
+from qwix._src.core import ragged_dot as core_ragged_dot
 from qwix._src.core.qarray import HowToQuantize, QArray
 from qwix._src.providers import boxed_param, ptq
 
@@ -404,6 +405,11 @@ class PaddedPtqProvider(ptq.PtqProvider):
             _dot_general_fn=dot_general,
             _einsum_fn=einsum,
         )
+
+    @staticmethod
+    def _ragged_dot_fn(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        lhs, rhs = _contractible([lhs, rhs], [[(0, 1), (1, 1)]])
+        return core_ragged_dot.ragged_dot(lhs, rhs, *args, **kwargs)
 
 
 # ---------------------------------------------------------------- ops

@@ -7,8 +7,9 @@
 The calibration provider does not collect here but marks: `marking(provider)` binds `marker_p` to the features of each
 use of a weight, and the marks say which values of the jaxpr the statistics are of. Every equation belongs to the
 segment of the first stage that needs it. Running the segments one after the other, with the values between them
-carried along, is one pass of the model however many stages there are. Equal segments, those of equal layers, have
-equal keys (`Segment.key`), so that they share one compiled program.
+carried along, is one pass of the model however many stages there are. A segment that leaves much more than it takes
+(the wide layer of an MLP) is run again by the next one instead, since what is carried is in memory for all batches.
+Equal segments, those of equal layers, have equal keys (`Segment.key`), so that they share one compiled program.
 
 A weight waits for those whose first use is earlier in the program. Where a later one goes in as well (a tied embedding,
 a layer that is called twice) its float value is what is seen.
@@ -38,8 +39,8 @@ from qwix.contrib import calibration, input_features
 Path = tuple[str | int, ...]  # ints, at the end, are layers of a stacked parameter
 _core = jax.extend.core
 
-# Features of a weight's use, passed on as they are; parameters: path, op_id, groups, shape (of the weight as the op
-# sees it), layers (see `_Iteration`). A second operand is the group of each sample.
+# Features of a weight's use, passed on as they are; parameters: path, op_id, groups, shape and axes (see
+# `input_features.Features`), layers (see `_Iteration`). A second operand is the group of each sample.
 marker_p = _core.Primitive("qwix_features")
 marker_p.def_impl(lambda x, *_, **__: x)
 marker_p.def_abstract_eval(lambda x, *_, **__: x)
@@ -79,7 +80,7 @@ def marking(provider: calibration.CalibrationProvider) -> calibration.Calibratio
     def mark(features: input_features.Features, op_id: str) -> None:
         operands = [features.x] if features.group_of_sample is None else [features.x, features.group_of_sample]
         path = tuple(map(str, features.ref.keys))
-        marks = {"op_id": op_id, "groups": features.groups, "shape": features.shape}
+        marks = {"op_id": op_id, "groups": features.groups, "shape": features.shape, "axes": features.axes}
         marker_p.bind(*operands, path=path, layers=(), **marks)
 
     marker = copy.copy(provider)
@@ -104,12 +105,16 @@ batching.primitive_batchers[marker_p] = _batch_mark
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A use of a weight: which values of the jaxpr are its features (and the groups of its samples)."""
+    """A use of a weight: which values of the jaxpr are its features (and the groups of its samples).
+
+    `axes` of the weight, counted from the last one, are those that the features run over.
+    """
 
     path: Path
     op_id: str
     groups: tuple[int, ...]
     variables: tuple[Any, ...]
+    axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +229,21 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
     stage_of = _stages(equations, marks, variables)
     segment_of = _segments(equations, marks, stage_of)
     count = max(stage_of.values()) + 1
-    parts = [_part(equations, segment_of, marks, stage_of, k) for k in range(count)]
-    last_use = {v: k for k, part in enumerate(parts) for v in _reads(*part)}
-    segments = [_segment(*part, last_use, k) for k, part in enumerate(parts)]
+
+    def cut(again: Container[int]) -> tuple[list[Any], dict[Any, int]]:
+        parts = [_part(equations, segment_of, marks, stage_of, k, again) for k in range(count)]
+        return parts, {v: k for k, part in enumerate(parts) for v in _reads(*part)}
+
+    inputs = tuple(jaxpr.invars[len(paths) :])
+    again = _wide(*cut(()), inputs)
+    parts, last_use = cut(again)
+    segments = []
+    for k, part in enumerate(parts):
+        anew = {v for e in parts[k + 1][0] for v in e.outvars} if k in again else ()
+        segments.append(_segment(*part, last_use, anew, k))
     stages = tuple(tuple(p for p, s in stage_of.items() if s == k) for k in range(count))
     constants = dict(zip(jaxpr.constvars, flat.consts, strict=True))
-    return Plan(variables, tuple(jaxpr.invars[len(paths) :]), constants, stages, tuple(segments), last_use)
+    return Plan(variables, inputs, constants, stages, tuple(segments), last_use)
 
 
 def _read(environment: Mapping[Any, Any], v: Any) -> Any:
@@ -382,7 +396,8 @@ def _mark(params: Mapping[str, Any], features: Sequence[Any], variables: Mapping
             "or all have the same input, so that it cannot be cut into stages: take statistics of the float model "
             "instead (gptq.quantize_params)"
         )
-    return Mark(path, params["op_id"], groups, tuple(features))
+    axes = tuple(axis - len(seen) for axis in params["axes"])
+    return Mark(path, params["op_id"], groups, tuple(features), axes)
 
 
 def _operand_key(v: Any, names: Mapping[Any, Any] | None = None) -> Hashable:
@@ -472,17 +487,41 @@ def _part(
     marks: Sequence[Mark],
     stage_of: Mapping[Path, int],
     k: int,
+    again: Container[int],
 ) -> tuple[tuple[Any, ...], tuple[Mark, ...]]:
-    """The equations of a segment, and its marks."""
+    """The equations of a segment, with those of the one before it if that is run again, and its marks."""
     mine = tuple(mark for mark in marks if stage_of[mark.path] == k)
     wanted = {v for mark in mine for v in mark.variables}
     found = []
     for equation, segment in zip(reversed(equations), reversed(segment_of), strict=True):
-        anew = equation.primitive.name in _EXPANDING and not wanted.isdisjoint(equation.outvars)
-        if anew or (segment == k and equation.primitive.name not in _EXPANDING):
+        expanding = equation.primitive.name in _EXPANDING
+        anew = (expanding or (segment == k - 1 and k - 1 in again)) and not wanted.isdisjoint(equation.outvars)
+        if anew or (segment == k and not expanding):
             found.append(equation)
             wanted.update(v for v in equation.invars if isinstance(v, _core.Var))
     return tuple(reversed(found)), mine
+
+
+def _wide(parts: Sequence[Any], last_use: Mapping[Any, int], inputs: Sequence[Any]) -> set[int]:
+    """The segments that are run again in the next one, never two in a row, so that no equation runs more than twice."""
+    made = dict.fromkeys(inputs, -1)
+    for k, (equations, _) in enumerate(parts):
+        for v in (v for equation in equations for v in equation.outvars):
+            made.setdefault(v, k)
+
+    def carried(k: int) -> int:
+        """Bytes of a batch between segment k and the next."""
+        return sum(v.aval.size * v.aval.dtype.itemsize for v, i in made.items() if i <= k < last_use.get(v, -1))
+
+    found: set[int] = set()
+    for k in range(len(parts) - 1):
+        if k - 1 not in found and carried(k) > _WIDE * carried(k - 1):
+            found.add(k)
+    return found
+
+
+# How many times as much as it takes has a segment to leave, to be run again instead.
+_WIDE = 1.5
 
 
 def _reads(equations: Sequence[Any], marks: Sequence[Mark]) -> list[Any]:
@@ -492,9 +531,17 @@ def _reads(equations: Sequence[Any], marks: Sequence[Mark]) -> list[Any]:
     return [v for v in dict.fromkeys(v for v in read if isinstance(v, _core.Var)) if v not in made]
 
 
-def _segment(equations: tuple[Any, ...], marks: tuple[Mark, ...], last_use: Mapping[Any, int], k: int) -> Segment:
+def _segment(
+    equations: tuple[Any, ...],
+    marks: tuple[Mark, ...],
+    last_use: Mapping[Any, int],
+    anew: Container[Any],
+    k: int,
+) -> Segment:
+    """Segment k; what the next one makes `anew` is none of its outputs."""
     inputs = tuple(_reads(equations, marks))
-    outputs = tuple(v for equation in equations for v in equation.outvars if last_use.get(v, 0) > k)
+    made = (v for equation in equations for v in equation.outvars)
+    outputs = tuple(v for v in made if last_use.get(v, 0) > k and v not in anew)
     names = {v: i for i, v in enumerate(inputs)}
     key = _equations_key(equations, names)
     features = tuple((tuple(_operand_key(v, names) for v in m.variables), m.groups) for m in marks)

@@ -14,6 +14,7 @@ quantizes a weight with it (`calibration.CalibratedQuantContext` -> `WithAux`), 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -98,8 +99,9 @@ def quantize(
     """
     runner = start(model, batches, provider, variables=variables, method=method, pair_stats=pair_stats)
     source, suffix = runner.source, provider.get_stats_suffix()
-    quantized_model, abstract = source.quantized(inference_provider, *runner.first_call)
-    abstract = abstract if abstract_quantized is None else abstract_quantized
+    abstract = abstract_quantized
+    if abstract is None:
+        abstract = source.abstract(inference_provider, runner.first_call)
     template = ptq.Template(abstract)
     original = {tuple(map(str, weight.path)): weight for weight in template.weights(source.params)}
     found: dict[Any, dict[tuple[int, ...], ptq.WithAux]] = {}  # by layer; of a weight that is not stacked, by ()
@@ -125,7 +127,9 @@ def quantize(
                 runner.replace(name, quantized.__jax_array__().reshape(value.shape).astype(value.dtype))
         progress(k + 1, len(plan.stages))
     calibrated = {path: stacked(layers).replace(how=how[path]) for path, layers in found.items()}
+    runner.batches.clear()  # before the quantized model is made
     params = calibration.assemble(source.params, abstract, calibrated, allow_extra_params=allow_extra_params)
+    quantized_model = source.quantized(inference_provider, runner.first_call)
     if isinstance(quantized_model, nnx.Module):
         nnx.update(quantized_model, params)
     return Result(
@@ -192,14 +196,14 @@ class _Source:
         model = nnx.merge(graphdef, state, rest)
         return getattr(model, self._method)(*args, **kwargs)
 
-    def quantized(self, provider: qconfig.QuantizationProvider, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The quantized model, and what says how its parameters are quantized."""
-        if isinstance(self._model, nn.Module):
-            module = model_lib.quantize_model(self._model, provider, methods=(self._method,))
-            init = lambda: module.init(jax.random.key(0), *args, method=self._method, **kwargs)  # noqa: E731
-            return module, jax.eval_shape(init)["params"]
-        model = model_lib.quantize_model(self._model, provider, *args, methods=(self._method,), **kwargs)
-        return model, model
+    def abstract(self, provider: qconfig.QuantizationProvider, inputs: observing.Call) -> Any:
+        """What says how parameters are quantized; it holds no values, which would be in memory with the batches."""
+        return observing.abstract_params(self._model, provider, inputs, self._method)
+
+    def quantized(self, provider: qconfig.QuantizationProvider, inputs: observing.Call) -> Any:
+        """The quantized model, an NNX one with its weights rounded to nearest."""
+        args, kwargs = ((), {}) if isinstance(self._model, nn.Module) else inputs
+        return model_lib.quantize_model(self._model, provider, *args, methods=(self._method,), **kwargs)
 
 
 class Runner:
@@ -282,7 +286,7 @@ class Runner:
             segments.check_finite(total, mark)
             previous = stats.get(mark.path)
             stats[mark.path] = total if previous is None else jax.tree.map(jnp.add, previous, total)
-        still_read = {p for p, v in self.plan.params.items() if self.plan.last_use.get(v, 0) > k - 1}
+        still_read = {p for p, v in self.plan.params.items() if self.plan.last_use.get(v, 0) > k}
         self._current = {p: v for p, v in self._current.items() if p in still_read}
         return stats
 
@@ -307,8 +311,10 @@ class Runner:
 
     def _step(self, segment: segments.Segment) -> Callable[..., Any]:
         """(totals, inputs, inputs of the float model) -> (outputs, those of the float model, new totals), jitted."""
-        if segment.key in self._compiled:
-            return self._compiled[segment.key]
+        shardings = tuple(map(self._sharding, segment.features(), itertools.repeat(segment)))
+        key = (segment.key, shardings)
+        if key in self._compiled:
+            return self._compiled[key]
 
         def stats_of(inputs: Any, float_inputs: Any) -> tuple[Any, Any, list[Any]]:
             outputs, found = segment.run(inputs)
@@ -322,17 +328,22 @@ class Runner:
         def update(totals: Any, inputs: Any, float_inputs: Any) -> Any:
             outputs, float_outputs, stats = stats_of(inputs, float_inputs)
             totals = [_average.update(total, new) for total, new in zip(totals, stats, strict=True)]
-            return outputs, float_outputs, totals
+            return outputs, float_outputs, list(map(calibration.sharded, totals, shardings))
 
         def step(totals: Any, inputs: Any, float_inputs: Any, *, init: bool = False) -> Any:
             if init:
                 shapes = jax.eval_shape(stats_of, inputs, float_inputs)[2]
                 groups = [groups for _, groups in segment.features()]
-                return [calibration.init_stats(s, g) for s, g in zip(shapes, groups, strict=True)]
+                return list(map(calibration.sharded, map(calibration.init_stats, shapes, groups), shardings))
             return update(totals, inputs, float_inputs)
 
-        self._compiled[segment.key] = step
+        self._compiled[key] = step
         return step
+
+    def _sharding(self, feature: Any, segment: segments.Segment) -> jax.sharding.NamedSharding | None:
+        """That of the statistics of a feature: as the first weight that they are for."""
+        mark = next(mark for mark in segment.marks if (mark.variables, mark.groups) == feature)
+        return calibration.sharding_of(self._float[segments.stem(mark.path)], mark.axes, mark.groups)
 
 
 def _map_pairs(

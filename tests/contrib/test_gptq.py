@@ -119,13 +119,33 @@ def test_each_matrix_has_its_hessian(name):
         np.testing.assert_allclose(result[index], want, atol=1e-5, err_msg=str(index))
 
 
-def test_experts():
-    x, sizes = normal(7, 4), jnp.array([2, 0, 4])
-    model = Op((3, 4, 5), lambda x, w: lax.ragged_dot(x, w, sizes))
-    stat = stats_of(model, x)["w_gptq"]
-    assert stat["count"].shape == (3, 1, 1)
+SIZES = jnp.array([2, 0, 4])  # of the rows of each expert; one has none
+
+
+class LinenExperts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return lax.ragged_dot(x, self.param("w", nn.initializers.normal(), (3, 4, 5)), SIZES)
+
+
+@pytest.mark.parametrize("linen", [False, True])
+def test_experts(linen):
+    x, model = normal(7, 4), Op((3, 4, 5), lambda x, w: lax.ragged_dot(x, w, SIZES))
+    w = model.w[...]
+    if linen:
+        result = gptq.quantize(LinenExperts(), [x], RULES, variables={"params": {"w": w}})
+        found, out = result.params["w"], result.model.apply({"params": result.params}, x)
+    else:
+        stat = stats_of(model, x)["w_gptq"]
+        assert stat["count"].shape == (3, 1, 1)
+        result = gptq.quantize(model, [x], RULES)
+        found, out = result.model.w, result.model(x)
+    found = jnp.asarray(found)
     for expert, rows in enumerate([x[:2], x[2:2], x[2:6]]):
-        np.testing.assert_allclose(stat["sum_of_hessian"][expert, 0, 0], gram(rows), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[expert], expected(w[expert], gram(rows)), atol=1e-5)
+        if not linen:
+            np.testing.assert_allclose(stat["sum_of_hessian"][expert, 0, 0], gram(rows), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out, lax.ragged_dot(x, found, SIZES), rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_without_samples_is_rounded_to_nearest():

@@ -107,10 +107,29 @@ def plan_of(model, x):
     return segments.trace(lambda p, a: source.call(p, a, {}), source.params, [x])
 
 
-def test_each_equation_runs_once():
+def test_what_is_wide_runs_again_and_nothing_else():
+    """The inputs of `c` come beside those of the block, so that `a` and `b` run again when `c` is known."""
     plan = plan_of(Net(), normal(16, 8))
-    products = [e for s in plan.segments for e in s.equations if e.primitive.name == "dot_general"]
-    assert len(products) == 3 * 3 - 1  # no stage waits for the last
+    products = [[e.primitive.name for e in s.equations].count("dot_general") for s in plan.segments]
+    assert products == [0, 2, 3, 2, 3, 2]  # no stage waits for the last c
+    assert [len(segment.outputs) for segment in plan.segments] == [0, 0, 1, 0, 1, 0]
+
+
+def test_statistics_are_sharded_like_their_weight():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    model = Net()
+    kernel = model.blocks[1].c.kernel
+    kernel.set_value(jax.device_put(kernel[...], jax.sharding.NamedSharding(mesh, jax.P("model", None))))
+    result = run(model, [normal(16, 8)], keep_stats=True)
+    stat = result.quant_stats["blocks"][1]["c"]["kernel_gptq"]["sum_of_hessian"]
+    assert stat.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, jax.P("model", None)), 2)
+    np.testing.assert_allclose(
+        jnp.asarray(result.model.blocks[1].c.kernel), by_hand(Net(), [normal(16, 8)])[1][2], atol=1e-5
+    )
+    observed = qwix.quantize_model(model, gptq.GptqCalibrationProvider(RULES), normal(16, 8))
+    observed(normal(16, 8))
+    eager = observed.blocks[1].c.kernel_gptq.get_value()["sum_of_hessian"]
+    assert eager.sharding.is_equivalent_to(stat.sharding, 2)
 
 
 class LinenNet(nn.Module):

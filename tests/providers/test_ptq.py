@@ -574,3 +574,34 @@ def test_memory_of_quantize_params_is_one_parameter_at_a_time(mlp):
 
     qwix.quantize_params(params, quantized, _qarray_module=Recording)
     assert seen == [(4, 8), (8, 4)]
+
+
+class LinenExperts(nn.Module):
+    @nn.compact
+    def __call__(self, x, sizes):
+        return jax.lax.ragged_dot(x, self.param("w", nn.initializers.normal(), (3, 8, 5)), sizes)
+
+
+class Experts(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(normal(3, 8, 5))
+
+    def __call__(self, x, sizes):
+        return jax.lax.ragged_dot(x, self.w[...], sizes)
+
+
+@pytest.mark.parametrize("act_qtype", [None, jnp.int8])
+def test_experts_of_a_ragged_dot(act_qtype):
+    model, x, sizes = Experts(), normal(6, 8, seed=1), jnp.array([2, 0, 3])
+    tile = None if act_qtype else 4
+    rule = {"weight_qtype": jnp.int8, "act_qtype": act_qtype, "tile_size": tile}
+    w = fake64(model.w[...], own=(0, 2), tile=tile, axis=1)
+    rows = fake64(x, own=(0,)) if act_qtype else np.asarray(x, np.float64)
+    want = np.concatenate([rows[:2] @ w[0], rows[2:5] @ w[2], np.zeros((1, 5))])
+    quantized = qwix.quantize_model(model, provider(**rule), x, sizes)
+    assert quantized.w.array.scale.shape == (3, 2 if tile else 1, 5)
+    close(nnx.jit(lambda m, *a: m(*a))(quantized, x, sizes), want)
+    linen = qwix.quantize_model(LinenExperts(), provider(**rule))
+    abstract = jax.eval_shape(linen.init, KEY, x, sizes)["params"]
+    params = qwix.quantize_params({"w": model.w[...]}, abstract)
+    close(linen.apply({"params": params}, x, sizes), want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwix._src import averaging
+from qwix._src import averaging, provenance
 from qwix._src.core import pytree, qarray
+from qwix._src.core import ragged_dot as core_ragged_dot
 from qwix._src.providers import boxed_param, quantized_param
 from qwix._src.providers.input_transform import WithInputTransform
 from qwix._src.utils import flax_util
@@ -39,6 +40,46 @@ class PtqProvider(boxed_param.BoxedParamProvider):
     >>> quantized.kernel.array.qvalue.dtype
     dtype('int8')
     """
+
+    # The op on quantized operands; an attribute, for providers with QArrays of their own.
+    _ragged_dot_fn = staticmethod(core_ragged_dot.ragged_dot)
+
+    def ragged_dot(
+        self,
+        lhs: Any,
+        rhs: Any,
+        group_sizes: jax.Array,
+        precision: jax.lax.PrecisionLike = None,
+        preferred_element_type: jax.typing.DTypeLike | None = None,
+        group_offset: jax.Array | None = None,
+    ) -> jax.Array:
+        """`jax.lax.ragged_dot`, quantized as the rule says: each expert has scales of its own, and each row."""
+        rule, op_id = self._get_current_rule_and_op_id("ragged_dot")
+
+        def get_how(index: int, **kwargs: Any) -> qarray.HowToQuantize:
+            tiled = {1: rule.tile_size} if rule.tile_size else {}  # type: ignore[union-attr]
+            return qarray.HowToQuantize(channelwise_axes=(0, 2) if index else (0,), tiled_axes=tiled, **kwargs)
+
+        operands = self._quantize_operands([lhs, rhs], get_how, rule, op_id)
+        kwargs = {"precision": precision, "preferred_element_type": preferred_element_type}
+        if operands is None:
+            lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
+            return jax.lax.ragged_dot(lhs, rhs, group_sizes, group_offset=group_offset, **kwargs)
+        operands = [*operands, group_sizes, group_offset]
+        return self._run_op(_RaggedDotOf(self._ragged_dot_fn), operands, self._qarray_module, **kwargs)
+
+    def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
+        return super().get_intercept_map() | {"jax.lax.ragged_dot": self.ragged_dot}
+
+
+@dataclasses.dataclass(frozen=True)
+class _RaggedDotOf:
+    """A ragged_dot whose arrays are its positional arguments."""
+
+    ragged_dot: Callable[..., Any]
+
+    def __call__(self, lhs: Any, rhs: Any, group_sizes: Any, group_offset: Any, **kwargs: Any) -> jax.Array:
+        return self.ragged_dot(lhs, rhs, group_sizes, group_offset=group_offset, **kwargs)
 
 
 def quantize_params(
