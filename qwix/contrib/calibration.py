@@ -125,16 +125,14 @@ class CalibrationProvider(qconfig.QuantizationProvider):
         """`jax.lax.conv_general_dilated`."""
         rule, op_id = self._get_current_rule_and_op_id("conv_general_dilated")
         lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
-        if self.per_group:
-            self._observe(rule, op_id, lambda: input_features.of_conv(lhs, rhs, *args, **kwargs))
+        self._observe_groups(rule, op_id, lambda: input_features.of_conv(lhs, rhs, *args, **kwargs))
         return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
 
     def ragged_dot(self, lhs: Any, rhs: Any, group_sizes: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """`jax.lax.ragged_dot`."""
         rule, op_id = self._get_current_rule_and_op_id("ragged_dot")
         lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
-        if self.per_group:
-            self._observe(rule, op_id, lambda: input_features.of_ragged_dot(lhs, rhs, group_sizes, *args, **kwargs))
+        self._observe_groups(rule, op_id, lambda: input_features.of_ragged_dot(lhs, rhs, group_sizes, *args, **kwargs))
         return jax.lax.ragged_dot(lhs, rhs, group_sizes, *args, **kwargs)
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
@@ -167,6 +165,24 @@ class CalibrationProvider(qconfig.QuantizationProvider):
                 )
                 continue
             self._collect(features, op_id)
+
+    def _observe_groups(
+        self,
+        rule: qconfig.QuantizationRule | None,
+        op_id: str | None,
+        find_uses: Callable[[], Iterable[input_features.Use]],
+    ) -> None:
+        """`_observe` of an op whose weight may have groups: a method that has none for them says so."""
+        if self.per_group:
+            self._observe(rule, op_id, find_uses)
+        elif isinstance(rule, self.get_rule_type()) and rule.weight_qtype is not None:
+            for use in find_uses():
+                warnings.warn(
+                    f"{use.ref.path}, {op_id}: this method has no scales for the inputs of such an op, so that it will "
+                    "be rounded to nearest",
+                    qconfig.QuantizationWarning,
+                    stacklevel=2,
+                )
 
     def _collect(self, features: input_features.Features, op_id: str) -> None:
         """Called for each use of a weight; groups are the business of those who set `per_group`."""
@@ -203,41 +219,10 @@ class SinglePassCalibrationProvider(CalibrationProvider):
                 )
         axes = tuple(axis - len(features.shape) for axis in features.axes)
         # Of a weight that is traced nobody knows where it lies.
-        placed = None if isinstance(weight.value, jax.core.Tracer) else sharding_of(weight.value, axes, features.groups)
+        placed = None
+        if not isinstance(weight.value, jax.core.Tracer):
+            placed = input_features.sharding_of(weight.value, axes, features.groups)
         _accumulate(weight, f"{weight.name}{self.get_stats_suffix()}", stats, features.groups, placed)
-
-
-def sharding_of(weight: Any, axes: Sequence[int], groups: Sequence[int]) -> jax.sharding.NamedSharding | None:
-    """How statistics of a weight's inputs are sharded: their features, and groups, as these axes of the weight.
-
-    Args:
-      weight: an array.
-      axes: of it, counted from the last one, that the features run over; () if unknown.
-      groups: see `input_features.Features`.
-
-    Returns:
-      The sharding of the first axes of a statistic; None if the weight is not sharded along them.
-    """
-    sharding = getattr(weight, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding) or not axes:
-        return None
-    spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
-    aligned = len(groups) == weight.ndim  # else there are axes of layers, of which some are no groups
-    of_groups = [spec[i] if aligned and n > 1 else None for i, n in enumerate(groups)]
-    found = [*of_groups, spec[axes[0]]]
-    return jax.sharding.NamedSharding(sharding.mesh, jax.P(*found)) if any(found) else None
-
-
-def sharded(stats: Mapping[str, jax.Array], sharding: jax.sharding.NamedSharding | None) -> dict[str, jax.Array]:
-    """Statistics with the sharding of `sharding_of`."""
-    if sharding is None:
-        return dict(stats)
-
-    def place(x: jax.Array) -> jax.Array:
-        placed = jax.sharding.NamedSharding(sharding.mesh, jax.P(*sharding.spec[: x.ndim]))
-        return jax.lax.with_sharding_constraint(x, placed)
-
-    return {name: place(x) for name, x in stats.items()}
 
 
 def _accumulate(
@@ -268,7 +253,7 @@ def _accumulate(
             "another type."
         )
     if flax_util.should_update_quant_stats():
-        average = sharded(_average.update(average, stats), sharding)
+        average = input_features.sharded(_average.update(average, stats), sharding)
     if isinstance(module, nnx.Module):
         if stored is None:
             setattr(module, name, flax_util.QuantStat(average))

@@ -138,9 +138,8 @@ def quantize_weight(
     if set(how.channelwise_axes) - {0} or set(how.tiled_axes) - {1}:
         raise ValueError(f"GPTQ scales rows (axis 0) and groups of columns (axis 1 tiled), got {how}")
     qarray.get_scale_shape(W.shape, how)  # raises where a tile does not divide
-    V, damping = inverse_factor(H, act_order, jnp.float32(percdamp))
-    q, losses = _gptq(W, H, V, how, blocksize, act_order, scale_search, keep_zeros)
-    if not isinstance(damping, jax.core.Tracer) and damping > percdamp * 1.5:
+    q, losses, damping = _gptq(W, H, jnp.float32(percdamp), how, blocksize, act_order, scale_search, keep_zeros)
+    if not isinstance(damping, jax.core.Tracer) and float(damping) > percdamp * 1.5:
         warnings.warn(
             f"{name} has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other "
             "calibration samples make it better conditioned.",
@@ -157,144 +156,138 @@ def inverse_factor(H: jax.Array, act_order: bool, percdamp: jax.Array) -> tuple[
     In the order in which the columns are quantized.
     """
     H = H.astype(jnp.float32)
-    diagonal = jnp.diag(H)
-    H = H + jnp.diag((diagonal == 0).astype(jnp.float32))
+    eye = jnp.eye(H.shape[0], dtype=bool)
+    H = H + jnp.where(eye & (H == 0), 1.0, 0.0)
+    diagonal = _diagonal(H)
     if act_order:
         order = _order(diagonal)
         H = H[order][:, order]
-    mean = jnp.mean(jnp.diag(H))
-
-    def factor(share):
-        damped = H + jnp.diag(jnp.full(H.shape[0], share * mean))
-        return lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
+    mean = jnp.mean(diagonal)
 
     # A failed factorization is NaN. A share of 1e6 always works on finite input; NaN input ends there as well.
     def failed(state):
-        share, L = state
-        return jnp.isnan(L[-1, -1]) & (share < 1e6)
+        attempts, share, L = state
+        return (attempts == 0) | (jnp.isnan(L[-1, -1]) & (share < 1e6))
 
-    def grow(state):
-        share = jnp.maximum(state[0] * 10, 1e-6)
-        return share, factor(share)
+    def attempt(state):
+        attempts, share, _ = state
+        share = jnp.where(attempts == 0, share, jnp.maximum(share * 10, 1e-6))
+        damped = jnp.where(eye, H + share * mean, H)
+        return attempts + 1, share, lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
 
-    share, L = lax.while_loop(failed, grow, (percdamp, factor(percdamp)))
-    upper = L[::-1, ::-1]
-    eye = jnp.eye(H.shape[0], dtype=H.dtype)
-    return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False, transpose_a=True), share
+    _, share, L = lax.while_loop(failed, attempt, (0, percdamp, H))
+    inverse = lax.linalg.triangular_solve(L, jnp.eye(H.shape[0], dtype=H.dtype), left_side=True, lower=True)
+    return inverse.T[::-1, ::-1], share
+
+
+def _diagonal(H: jax.Array) -> jax.Array:
+    """`jnp.diag`, which is slower to compile than all the rest of what is done with it here."""
+    return jnp.sum(jnp.where(jnp.eye(H.shape[0], dtype=bool), H, 0), axis=0, dtype=jnp.float32)
 
 
 def _order(diagonal: jax.Array) -> jax.Array:
-    """Columns by falling diagonal of H; those that no input uses count as they do after damping, as 1."""
-    return jnp.argsort(-jnp.where(diagonal == 0, 1.0, diagonal))
+    """Columns by falling diagonal of H."""
+    return jnp.argsort(-diagonal)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "blocksize", "act_order", "scale_search", "keep_zeros"))
 def _gptq(
     W: jax.Array,
     H: jax.Array,
-    V: jax.Array,
+    percdamp: jax.Array,
     how: qarray.HowToQuantize,
     blocksize: int,
     act_order: bool,
     scale_search: int,
     keep_zeros: bool,
-) -> tuple[qarray.QArray, jax.Array]:
+) -> tuple[qarray.QArray, jax.Array, jax.Array]:
+    """`quantize_weight`, and the damping that it took: one program, which compiles sooner than two."""
+    V, damping = inverse_factor(H, act_order, percdamp)
     rows, columns = W.shape
     groups = qarray.get_scale_shape(W.shape, how)[1]
     group = columns // groups
-    diagonal = jnp.diag(H).astype(jnp.float32)
+    diagonal = _diagonal(H)
     dead = (diagonal == 0) & (diagonal != 0).any()
     weights = jnp.where((diagonal == 0).all(), 1.0, diagonal)
     # Transposed from here on: a column of W is a contiguous row.
     Wt = jnp.where(dead[:, None], 0, W.T.astype(jnp.float32))
 
-    def group_params(columns: jax.Array, weights: jax.Array) -> Any:
-        return _group_params(columns, how, weights, scale_search)
-
     known = act_order or groups == 1  # scales, before the first column is quantized
-    params = group_params(Wt.reshape(groups, group, rows), weights.reshape(groups, group)) if known else None
-    order = _order(diagonal) if act_order else jnp.arange(columns)
+    params = None
+    if known:
+        params = _group_params(Wt.reshape(groups, group, rows), how, weights.reshape(groups, group), scale_search)
+    group_of = None
     if act_order:
-        Wt, weights = Wt[order], weights[order]
+        order = _order(jnp.where(diagonal == 0, 1.0, diagonal))  # as it is after damping
+        Wt = Wt[order]
+        group_of = order // group
 
-    # Blocks of columns, and runs of columns within a block. A group starts with a run, and lies in one block.
-    unit = 1 if known else group
-    size = max(min(blocksize, columns) // unit, 1) * unit
-    run = _RUN if known else max(n for n in range(1, min(_RUN, group) + 1) if group % n == 0)
-    size += -size % run
+    # Blocks of columns: a group each, or some columns whose scales are known. Runs of columns within a block.
+    size = min(blocksize, columns) if known else group
+    run = max(n for n in range(1, min(_RUN, size) + 1) if size % n == 0)
     blocks = -(-columns // size)
-    padding = blocks * size - columns
-    Wt = jnp.pad(Wt, ((0, padding), (0, 0))).reshape(blocks, size, rows)
-    kept = Wt != 0 if keep_zeros else None
-    weights = jnp.pad(weights, (0, padding)).reshape(blocks, size)
-    V = jnp.pad(V, ((0, padding), (0, padding)))
-    V = V + jnp.diag((jnp.arange(blocks * size) >= columns).astype(jnp.float32))
-    group_of = jnp.pad(order // group, (0, padding)).reshape(blocks, size)
+    chunk = max(blocksize // size, 1) * size  # columns that a block catches up with at once
+    length = -(-columns // chunk) * chunk
+    if length > columns:
+        V = jnp.pad(V, ((0, length - columns), (0, length - columns)))
+        V = jnp.where(jnp.eye(length, dtype=bool) & (V == 0), 1, V)
+
+    def by_block(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        padded = jnp.pad(x, ((0, blocks * size - columns), *[(0, 0)] * (x.ndim - 1)))
+        return padded.reshape(blocks, size, *x.shape[1:])
 
     def block_step(errors, x):
         b, tile, kept, weights, group_of = x
         start = b * size
 
-        def catch_up(i, tile):  # with the columns of block i
-            factors = lax.dynamic_slice(V, (start, i * size), (size, size))
-            return tile - factors @ lax.dynamic_slice_in_dim(errors, i * size, size, 0)
+        def catch_up(i, tile):
+            factors = lax.dynamic_slice(V, (start, i * chunk), (size, chunk))
+            return tile - factors @ lax.dynamic_slice_in_dim(errors, i * chunk, chunk, 0)
 
-        tile = lax.fori_loop(0, b, catch_up, tile)
-        factors = lax.dynamic_slice(V, (start, start), (size, size))
+        # The errors of this block and those after it are still 0.
+        tile = lax.fori_loop(0, (start + chunk - 1) // chunk, catch_up, tile)
+        ours = params if known else _group_params(tile[None], how, weights[None], scale_search)
 
-        def run_step(carry, at):
-            tile, ours = carry
-            if not known:
-                new = lambda: group_params(  # noqa: E731
-                    lax.dynamic_slice_in_dim(tile, at, group, 0)[None],
-                    lax.dynamic_slice_in_dim(weights, at, group, 0)[None],
-                )
-                ours = lax.cond(at % group == 0, new, lambda: ours)
-            elif groups > 1:
-                ours = jax.tree.map(lambda p: p[lax.dynamic_slice_in_dim(group_of, at, run, 0), 0], params)
+        def column_step(part, x):
+            j, square, kept, group = x
+            mine = jax.tree.map(lambda p: p[0 if group is None else group, 0], ours)
+            w = part[j] if kept is None else jnp.where(kept, part[j], 0)
+            code, value = _round(w, how.qtype, *mine)
+            error = (w - value) / square[j]
+            return part - square[:, None] * error, (code, error)
+
+        def run_step(tile, x):
+            at, *others = x
+            factors = lax.dynamic_slice(V, (start, start + at), (size, run))
+            square = lax.dynamic_slice_in_dim(factors, at, run, 0).T
             part = lax.dynamic_slice_in_dim(tile, at, run, 0)
-            stays = None if kept is None else lax.dynamic_slice_in_dim(kept, at, run, 0)
-            square = lax.dynamic_slice(factors, (at, at), (run, run))
-            codes: list[jax.Array] = []
-            found: list[jax.Array] = []
-            for j in range(run):  # each catches up with those of the run before it
-                w = part[j] - sum(square[j, i] * error for i, error in enumerate(found))
-                mine = jax.tree.map(lambda p, j=j: p[j] if known and groups > 1 else p[0, 0], ours)
-                code, value = _round(w if stays is None else jnp.where(stays[j], w, 0), how.qtype, *mine)
-                codes.append(code)
-                found.append((w - value) / square[j, j])
-            errors = jnp.stack(found)
-            tile = tile - lax.dynamic_slice_in_dim(factors, at, run, 1) @ errors
-            # With known scales there is nothing to carry, nor to collect.
-            return (tile, None if known and groups > 1 else ours), (jnp.stack(codes), errors, None if known else ours)
+            _, (codes, found) = lax.scan(column_step, part, (jnp.arange(run), square, *others))
+            return tile - factors @ found, (codes, found)
 
-        if known:
-            ours = None if groups > 1 else params
-        else:
-            ours = jax.eval_shape(group_params, tile[None, :group], weights[None, :group])
-            ours = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), ours)
-        _, (codes, found, ours) = lax.scan(run_step, (tile, ours), jnp.arange(0, size, run))
-        found = found.reshape(size, rows)
-        if not known:
-            ours = jax.tree.map(lambda p: p[:: group // run, 0], ours)
+        by_run = jax.tree.map(lambda x: x.reshape(-1, run, *x.shape[1:]), (kept, group_of))
+        _, (codes, found) = lax.scan(run_step, tile, (jnp.arange(0, size, run), *by_run))
+        codes, found = codes.reshape(size, rows), found.reshape(size, rows)
         errors = lax.dynamic_update_slice_in_dim(errors, found, start, 0)
-        return errors, (codes.reshape(size, rows), ours)
+        return errors, (codes, None if known else ours)
 
-    errors = jnp.zeros((blocks * size, rows), jnp.float32)
-    errors, (codes, found) = lax.scan(block_step, errors, (jnp.arange(blocks), Wt, kept, weights, group_of))
+    xs = (Wt, Wt != 0 if keep_zeros else None, None if known else weights, group_of)
+    errors = jnp.zeros((length, rows), jnp.float32)
+    errors, (codes, found) = lax.scan(block_step, errors, (jnp.arange(blocks), *map(by_block, xs)))
     codes = codes.reshape(blocks * size, rows)[:columns]
     losses = errors[:columns] ** 2
     if not known:
-        params = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:])[:groups], found)
+        params = jax.tree.map(lambda p: p[:, 0], found)
     if act_order:
         codes, losses = (jnp.zeros_like(x).at[order].set(x) for x in (codes, losses))
     scale, zero_point = jax.tree.map(lambda p: p[:, 0].T, params)
     q = qarray.QArray(numerics.narrow(codes.T, how.qtype), scale.astype(W.dtype), zero_point, how.qtype)
-    return q, losses.T
+    return q, losses.T, damping
 
 
-# Columns that are quantized by one unrolled piece of code.
-_RUN = 8
+# Columns of a block after which one matmul changes the rest of it.
+_RUN = 16
 
 
 def _round(w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,6 +135,39 @@ class Use:
         if mapped or math.prod(groups) != len(order):
             raise ValueError(f"the groups of the op are not whole axes of the parameter of shape {shape}")
         return groups, order
+
+
+def sharding_of(weight: Any, axes: Sequence[int], groups: Sequence[int]) -> jax.sharding.NamedSharding | None:
+    """How statistics of a weight's inputs are sharded: their features, and groups, as these axes of the weight.
+
+    Args:
+      weight: an array.
+      axes: of it, counted from the last one, that the features run over; () if unknown.
+      groups: see `Features`.
+
+    Returns:
+      The sharding of the first axes of a statistic; None if the weight is not sharded along them.
+    """
+    sharding = getattr(weight, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or not axes:
+        return None
+    spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
+    aligned = len(groups) == weight.ndim  # else there are axes of layers, of which some are no groups
+    of_groups = [spec[i] if aligned and n > 1 else None for i, n in enumerate(groups)]
+    found = [*of_groups, spec[axes[0]]]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.P(*found)) if any(found) else None
+
+
+def sharded(stats: Mapping[str, jax.Array], sharding: jax.sharding.NamedSharding | None) -> dict[str, jax.Array]:
+    """Statistics with the sharding of `sharding_of`."""
+    if sharding is None:
+        return dict(stats)
+
+    def place(x: jax.Array) -> jax.Array:
+        placed = jax.sharding.NamedSharding(sharding.mesh, jax.P(*sharding.spec[: x.ndim]))
+        return jax.lax.with_sharding_constraint(x, placed)
+
+    return {name: place(x) for name, x in stats.items()}
 
 
 def of_dot_general(lhs: Any, rhs: Any, dimension_numbers: Any) -> Iterator[Use]:

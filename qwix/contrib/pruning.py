@@ -15,7 +15,7 @@ from flax import nnx
 from qwix._src import qconfig
 from qwix._src.core import qarray, sparsity
 from qwix._src.providers import ptq
-from qwix.contrib import calibration, observing
+from qwix.contrib import calibration, observing, segments, sequential
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,34 +70,47 @@ def prune_params(
     Raises:
       ValueError: as `calibration.extract_calibrated_quant_context`; or there are no statistics.
     """
-    template = ptq.Template(abstract_quantized_params)
     stats = dict(ptq.flatten(quant_stats, is_leaf=lambda x: "count" in x))
     if not any(str(path[-1]).endswith(suffix) for path in stats):
         raise ValueError(f"quant_stats has no statistic named <weight>{suffix}: run the calibration model first")
-    result: dict[Any, Any] = {}
-    for path, value, target, given in template.weights(params):
-        stat = stats.get((*path[:-1], f"{path[-1]}{suffix}"))
-        new = given[1]
-        if stat is not None and isinstance(target, ptq.WithAux) and isinstance(target.array, qarray.QArray):
-            new = _pruned(path, value, target, stat, prune_weight)
-        node = result
-        for key in given[0][:-1]:
-            node = node.setdefault(key, {})
-        node[given[0][-1]] = new
-    return result
+    result = {}
+    for weight in ptq.Template(abstract_quantized_params).weights(params):
+        stat = stats.get((*weight.path[:-1], f"{weight.path[-1]}{suffix}"))
+        result[weight.given[0]] = weight.given[1]
+        if stat is not None and _is_quantized(weight.target):
+            result[weight.given[0]] = _pruned(weight.path, weight.value, weight.target, stat, prune_weight)
+    return calibration.nested(result)
 
 
-def _pruned(path: Any, weight: jax.Array, target: ptq.WithAux, stat: Mapping[str, jax.Array], prune_weight: Any) -> Any:
-    if jnp.ndim(stat["count"]):  # layers that a scan or vmap stacked, one after the other
-        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), target)
-        layers = range(stat["count"].shape[0])
-        stats = [{name: x[i] for name, x in stat.items()} for i in layers]
-        return jnp.stack([_pruned(path, weight[i], layer, stats[i], prune_weight) for i in layers])
-    context = calibration.extract_calibrated_quant_context(path, weight, target, stat)
-    if context is None:
-        return weight
-    pruned = prune_weight(context.weight, context.calibration_stats)
-    return context.restore_shape(pruned).reshape(weight.shape).astype(weight.dtype)
+def _is_quantized(target: Any) -> bool:
+    return isinstance(target, ptq.WithAux) and isinstance(target.array, qarray.QArray)
+
+
+def _pruned(path: Any, weight: jax.Array, target: Any, stat: Mapping[str, jax.Array], prune_weight: Any) -> jax.Array:
+    def of_context(context: calibration.CalibratedQuantContext) -> ptq.WithAux:
+        pruned = prune_weight(context.weight, context.calibration_stats)
+        return ptq.WithAux(context.restore_shape(pruned), context.abs_w.how)
+
+    pruned = calibration.quantize_weight(path, weight, target, stat, of_context)
+    return weight if pruned is None else pruned.array.reshape(weight.shape).astype(weight.dtype)
+
+
+def _pruned_by_stage(runner: sequential.Runner, layout: Any, params: Any, prune_weight: Any) -> Any:
+    """A float parameter tree pruned stage by stage: a weight sees the inputs that the pruned ones before it give it."""
+    weights = {tuple(map(str, weight.path)): weight for weight in ptq.Template(layout).weights(params)}
+    found: dict[Any, dict[Any, jax.Array]] = {}
+    for k in range(len(runner.plan.stages)):
+        for name, stat in runner.run_stage(k).items():
+            path, value, target, (given, _) = weights[segments.stem(name)]
+            if target is None or not _is_quantized(target):
+                continue
+            layer: Any = name[len(path) :]
+            if layer:
+                value, target = value[layer], calibration.layer_of(target, len(layer))
+            pruned = found.setdefault(given, {})[layer] = _pruned(path, value, target, stat, prune_weight)
+            runner.replace(name, pruned)
+    result = {given: value for _, _, _, (given, value) in weights.values()}
+    return calibration.nested(result | {given: sequential.stacked(layers) for given, layers in found.items()})
 
 
 def prune_model(
@@ -108,18 +121,25 @@ def prune_model(
     prune_weight: Callable[[PruningRule], Callable[..., jax.Array]],
     variables: Any = None,
 ) -> Any:
-    """A copy of an NNX model (in Linen its variables) with the weights under each rule pruned, in float."""
+    """A copy of an NNX model (in Linen its variables) with the weights under each rule pruned, in float.
+
+    Stage by stage as in `sequential`; where the model cannot be cut, with statistics of the float model.
+    """
     rules = list(rules)
     alike = {(r.n, r.m, r.prune_rate): r for r in rules if isinstance(r, PruningRule) and r.weight_qtype is not None}
     if not alike:
         raise ValueError("no rule prunes: PruningRule(...) for the weights that are to be pruned")
     if len(alike) > 1:
         raise ValueError("all rules of one call prune alike: prune once for each n, m and prune_rate")
-    stats, first = observing.observe(model, batches, provider, variables)
+    runner, first, batches = sequential.start_if_cuttable(model, batches, provider, variables)
     layout = observing.abstract_params(model, ptq.PtqProvider(rules), first)
     params = observing.params_of(model, variables)
     (rule,) = alike.values()
-    pruned = prune_params(params, layout, stats, provider.get_stats_suffix(), prune_weight(rule))
+    if runner is not None:
+        pruned = _pruned_by_stage(runner, layout, params, prune_weight(rule))
+    else:
+        stats, _ = observing.observe(model, batches, provider, variables)
+        pruned = prune_params(params, layout, stats, provider.get_stats_suffix(), prune_weight(rule))
     if isinstance(model, nn.Module):
         return {**variables, "params": pruned}
     model = nnx.clone(model)

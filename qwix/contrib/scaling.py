@@ -12,7 +12,6 @@ Both methods choose a scale for the input features of weights, and differ in how
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -160,22 +159,13 @@ def observe(
     Raises:
       ValueError: there is no batch; a Linen model came without variables; or activations are not finite.
     """
-    observing.check(model, variables)
-    batches = iter(batches)
-    first = list(itertools.islice(batches, 1))
-    if not first:
-        raise ValueError("no calibration batch: the method needs to see activations")
-    batches, inputs = itertools.chain(first, batches), observing.as_call(first[0])
     if by_stage:
-        try:
-            runner = sequential.start(model, batches, observer, variables=variables)
-        except segments.CannotCut:
-            batches = itertools.chain(first, batches)
-        else:
+        runner, inputs, batches = sequential.start_if_cuttable(model, batches, observer, variables)
+        if runner is not None:
             params = ptq.flatten(observing.params_of(model, variables))
             named: dict[segments.Path, folding.Path] = {tuple(map(str, path)): path for path, _ in params}
             return inputs, {named[segments.stem(n)] for n in runner.names}, _stages(runner, named)
-    tree, _ = observing.observe(model, batches, observer, variables)
+    tree, inputs = observing.observe(model, batches, observer, variables)
     suffix, found = observer.get_stats_suffix(), {}
     for key, stats in ptq.flatten(tree, is_leaf=lambda x: "count" in x):
         if str(key[-1]).endswith(suffix):

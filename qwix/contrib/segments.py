@@ -239,8 +239,8 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
     parts, last_use = cut(again)
     segments = []
     for k, part in enumerate(parts):
-        anew = {v for e in parts[k + 1][0] for v in e.outvars} if k in again else ()
-        segments.append(_segment(*part, last_use, anew, k))
+        anew = {v for e in parts[k + 1][0] for v in e.outvars} if k in again else set()
+        segments.append(_segment(part[0], part[1], last_use, anew, k))
     stages = tuple(tuple(p for p, s in stage_of.items() if s == k) for k in range(count))
     constants = dict(zip(jaxpr.constvars, flat.consts, strict=True))
     return Plan(variables, inputs, constants, stages, tuple(segments), last_use)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -166,6 +166,25 @@ def start(
     if not runner.batches:
         raise ValueError("there is nothing to calibrate with: batches is empty")
     return runner
+
+
+def start_if_cuttable(
+    model: nn.Module | nnx.Module,
+    batches: Iterable[Any],
+    provider: calibration.SinglePassCalibrationProvider,
+    variables: Mapping[str, Any] | None,
+) -> tuple[Runner | None, observing.Call, Iterator[Any]]:
+    """`start`, and the arguments of the first call; where the model cannot be cut, None, and the batches once more."""
+    observing.check(model, variables)
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if not first:
+        raise ValueError("no calibration batch: the method needs to see activations")
+    call = observing.as_call(first[0])
+    try:
+        return start(model, itertools.chain(first, batches), provider, variables=variables), call, iter(())
+    except segments.CannotCut:
+        return None, call, itertools.chain(first, batches)
 
 
 class _Source:
@@ -328,13 +347,13 @@ class Runner:
         def update(totals: Any, inputs: Any, float_inputs: Any) -> Any:
             outputs, float_outputs, stats = stats_of(inputs, float_inputs)
             totals = [_average.update(total, new) for total, new in zip(totals, stats, strict=True)]
-            return outputs, float_outputs, list(map(calibration.sharded, totals, shardings))
+            return outputs, float_outputs, list(map(input_features.sharded, totals, shardings))
 
         def step(totals: Any, inputs: Any, float_inputs: Any, *, init: bool = False) -> Any:
             if init:
                 shapes = jax.eval_shape(stats_of, inputs, float_inputs)[2]
                 groups = [groups for _, groups in segment.features()]
-                return list(map(calibration.sharded, map(calibration.init_stats, shapes, groups), shardings))
+                return list(map(input_features.sharded, map(calibration.init_stats, shapes, groups), shardings))
             return update(totals, inputs, float_inputs)
 
         self._compiled[key] = step
@@ -343,7 +362,9 @@ class Runner:
     def _sharding(self, feature: Any, segment: segments.Segment) -> jax.sharding.NamedSharding | None:
         """That of the statistics of a feature: as the first weight that they are for."""
         mark = next(mark for mark in segment.marks if (mark.variables, mark.groups) == feature)
-        return calibration.sharding_of(self._float[segments.stem(mark.path)], mark.axes, mark.groups)
+        return input_features.sharding_of(
+            self._float[segments.stem(segments.array_path(mark.path, self.plan.params))], mark.axes, mark.groups
+        )
 
 
 def _map_pairs(

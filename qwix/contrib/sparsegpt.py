@@ -34,6 +34,8 @@ __all__ = ["PruningRule", "SparseGptCalibrationProvider", "prune", "prune_params
 class SparseGptCalibrationProvider(calibration.SinglePassCalibrationProvider):
     """Collects H = X X^T / samples of each weight under a `PruningRule`."""
 
+    per_group = True
+
     def get_rule_type(self) -> type[qconfig.QuantizationRule]:
         return PruningRule
 
@@ -95,7 +97,7 @@ def prune_weight(
 @functools.partial(jax.jit, static_argnames=("n", "m", "prune_rate", "how", "size"))
 def _prune(W: jax.Array, H: jax.Array, percdamp: Any, n: int, m: int, prune_rate: float, how: Any, size: int) -> Any:
     rows, columns = W.shape
-    dead = jnp.diag(H) == 0
+    dead = (jnp.diag(H) == 0) & (jnp.diag(H) != 0).any()  # of an expert without inputs nothing is known
     scale, zero = (None, None) if how is None else gptq_core.find_params(W.astype(jnp.float32), how)
     U = gptq_core.inverse_factor(H, False, percdamp)[0].T
     padding = -columns % size

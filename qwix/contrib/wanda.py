@@ -28,6 +28,8 @@ __all__ = ["PruningRule", "WandaCalibrationProvider", "prune", "prune_params", "
 class WandaCalibrationProvider(calibration.SinglePassCalibrationProvider):
     """Collects the mean square of the input features of each weight under a `PruningRule`."""
 
+    per_group = True
+
     def get_rule_type(self) -> type[qconfig.QuantizationRule]:
         return PruningRule
 
@@ -43,7 +45,7 @@ def prune_weight(w: jax.Array, norms: jax.Array, *, n: int = 2, m: int = 4, prun
 
     Args:
       w: (out, in).
-      norms: (in,).
+      norms: (in,). If all are 0, there were no inputs, and it is pruned by magnitude.
       n, m, prune_rate: see `PruningRule`.
 
     >>> prune_weight(jnp.array([[3.0, 1.0]]), jnp.array([1.0, 9.0]), n=1, m=2).tolist()
@@ -51,6 +53,7 @@ def prune_weight(w: jax.Array, norms: jax.Array, *, n: int = 2, m: int = 4, prun
     """
     if norms.shape != w.shape[1:]:
         raise ValueError(f"a weight {w.shape} (out, in) and norms {norms.shape} do not fit: they must be (in,)")
+    norms = jnp.where((norms == 0).all(), 1, norms)  # of an expert without inputs nothing is known
     return jnp.where(pruning.kept(jnp.abs(w.astype(jnp.float32)) * norms, n, m, prune_rate), w, 0)
 
 

@@ -1,5 +1,6 @@
 """Wanda and SparseGPT against NumPy in float64, and in models."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,6 +118,27 @@ def test_models(layer):
     error = lambda m: float(jnp.linalg.norm(m(x) - model(x)))  # noqa: E731
     assert error(by_sparsegpt) < error(by_wanda)
     assert np.all(np.asarray(model.kernel.get_value()) != 0)
+
+
+class Experts(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 4)), jnp.float32))
+
+    def __call__(self, x):
+        return jax.lax.ragged_dot(x, self.w[...], jnp.array([24, 0]))
+
+
+def test_experts_have_statistics_of_their_own():
+    """Against each expert's matrix by itself; one without inputs is pruned by magnitude, and not to nothing."""
+    _, x = problem(8, 8, 24)
+    model, rows = Experts(), jnp.asarray(x.T, jnp.float32)
+    w = np.asarray(model.w[...])
+    by_wanda, by_sparsegpt = (np.asarray(m.prune(model, [PruningRule()], [rows]).w[...]) for m in (wanda, sparsegpt))
+    norms, h = jnp.linalg.norm(rows, axis=0), rows.T @ rows / 24
+    np.testing.assert_array_equal(by_wanda[0], wanda.prune_weight(w[0].T, norms).T)
+    np.testing.assert_array_equal(by_wanda[1], wanda.prune_weight(w[1].T, jnp.ones(8)).T)
+    np.testing.assert_allclose(by_sparsegpt[0], sparsegpt.prune_weight(w[0].T, h)[0].T, atol=1e-5)
+    np.testing.assert_array_equal(by_sparsegpt[1], by_wanda[1])
 
 
 def test_quantized_jointly_and_after_rotation(layer):

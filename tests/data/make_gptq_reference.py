@@ -39,7 +39,8 @@ def quantized(bits: int, directory: str) -> np.ndarray:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     w, x = problem()
     config = LlamaConfig(
@@ -70,6 +71,7 @@ def quantized(bits: int, directory: str) -> np.ndarray:
     scheme = QuantizationScheme(targets=["re:.*q_proj"], weights=weights)
     oneshot(
         model=model,
+        processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?")), pad_token="?"),
         dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}),
         recipe=GPTQModifier(config_groups={"group_0": scheme}, dampening_frac=0.01, block_size=128, actorder=None),
         num_calibration_samples=len(ids),

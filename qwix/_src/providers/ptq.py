@@ -61,7 +61,7 @@ class PtqProvider(boxed_param.BoxedParamProvider):
             return qarray.HowToQuantize(channelwise_axes=(0, 2) if index else (0,), tiled_axes=tiled, **kwargs)
 
         operands = self._quantize_operands([lhs, rhs], get_how, rule, op_id)
-        kwargs = {"precision": precision, "preferred_element_type": preferred_element_type}
+        kwargs: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
         if operands is None:
             lhs, rhs = provenance.unwrapped(lhs), provenance.unwrapped(rhs)
             return jax.lax.ragged_dot(lhs, rhs, group_sizes, group_offset=group_offset, **kwargs)
