@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo 'make demo          quantize a real model with nine recipes and print the table'
 	@echo 'make test          run the tests'
-	@echo 'make doctest       run the examples in docstrings, README.md and docs/'
+	@echo 'make doctest       run the examples in docstrings, README.md, CONTRIBUTING.md and docs/'
 	@echo 'make format        format the code and mend what the linter can mend'
 	@echo 'make lint, types   run the linter, the type checker'
 	@echo 'make check         run all of the above but the demo, as CI does'
@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 
 # One file's examples share their names, so they stay on one worker.
 doctest: $(VENV)/.dev
-	$(BIN)/pytest --doctest-modules -n $(JOBS) --dist loadfile qwix README.md docs
+	$(BIN)/pytest --doctest-modules -n $(JOBS) --dist loadfile qwix README.md CONTRIBUTING.md docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -71,7 +71,11 @@ def applied(model):
     return functools.cache(lambda name: qwix.apply_recipe(model, name, IDS, calibration=batches))
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+# A calibrated method's preset at 3 bits differs from that at 4 in nothing but a number.
+DISTINCT = [name for name in recipes.RECIPES if "int3" not in name or name in ("int3-g128", "gptq-int3-g128")]
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_presets_quantize_the_weights_and_little_else(model, applied, name):
     result, report = applied(name)
     assert [w.path for w in report.weights] == ["down/kernel", "embed/embedding", "up/kernel"]
@@ -94,7 +98,7 @@ def test_presets_quantize_the_weights_and_little_else(model, applied, name):
     assert 0 < error < 2.5 * bound(name)
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_templates_have_the_structure_of_the_quantized_model(model, applied, name):
     result, report = applied(name)
     abstract = nnx.eval_shape(lambda: Mlp(nnx.Rngs(1)))
@@ -370,6 +374,14 @@ def test_stages_run_in_order_on_one_reading_of_the_data(model, doubling):
     np.testing.assert_allclose(result(IDS), model(IDS), atol=0.1)
     with pytest.raises(RecipeError, match="doubling prepares a float model, and something"):
         Recipe("staged", rules, stages=("doubling",))
+
+
+@pytest.mark.parametrize("stages", [("rotate", "smooth", "gptq"), ("rotate", "awq")])
+def test_stages_follow_rotation(stages):
+    """What stands rotated in the model is calibrated and quantized as other weights are."""
+    model, x = nnx.Linear(16, 8, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (32, 16))
+    result, _ = qwix.apply_recipe(model, Recipe("r", [{"weight_qtype": "int4"}], stages), x, calibration=[x])
+    assert 0 < jnp.linalg.norm(result(x) - model(x)) < 0.15 * jnp.linalg.norm(model(x))
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

@@ -125,16 +125,29 @@ def quantize_weight(
     >>> bool(jnp.allclose(qarray.dequantize(array) / scales, w, atol=0.05))
     True
     """
-    if second_moments is None:
-        scales = search_optimal_scales(w, activation_scales, how, n_grid)
-    else:
-        candidates = grid(activation_scales, n_grid)
-        scales = candidates[jnp.argmin(output_errors(w, second_moments, candidates, how))][None]
-    if second_moments is None or not n_clip:
+    if second_moments is not None:
+        return _with_second_moments(w, activation_scales, second_moments, how, n_grid, n_clip)
+    scales = search_optimal_scales(w, activation_scales, how, n_grid)
+    return input_scale.quantize_scaled(w, scales, how), scales
+
+
+@functools.partial(jax.jit, static_argnames=("how", "n_grid", "n_clip"))
+def _with_second_moments(
+    w: jax.Array,
+    activation_scales: jax.Array,
+    second_moments: jax.Array,
+    how: qarray.HowToQuantize,
+    n_grid: int,
+    n_clip: int,
+) -> tuple[qarray.QArray, jax.Array]:
+    candidates = grid(activation_scales, n_grid)
+    scales = candidates[jnp.argmin(output_errors(w, second_moments, candidates, how))][None]
+    if not n_clip:
         return input_scale.quantize_scaled(w, scales, how), scales
     return clip(w * scales, of_scaled(diagonal_blocks(second_moments, how), scales[0]), how, n_clip), scales
 
 
+@functools.partial(jax.jit, static_argnames=("n_grid", "min_scale"))
 def grid(activation_scales: jax.Array, n_grid: int, min_scale: float = 1e-4) -> jax.Array:
     """The scales of each alpha, (n_grid, in); see `search_optimal_scales`. NaN if `activation_scales` are not finite.
 
@@ -177,6 +190,7 @@ def output_errors(w: jax.Array, second_moments: jax.Array, scales: jax.Array, ho
     return jnp.sum(products * e, (1, 2))
 
 
+@functools.partial(jax.jit, static_argnames=("how",))
 def diagonal_blocks(second_moments: jax.Array, how: qarray.HowToQuantize) -> jax.Array:
     """The blocks on the diagonal of H that `clip` looks at: whole groups, or equal parts of at most 128 columns of one.
 
@@ -199,6 +213,7 @@ def diagonal_blocks(second_moments: jax.Array, how: qarray.HowToQuantize) -> jax
     return second_moments.reshape(blocks, block, blocks, block)[diagonal, :, diagonal].astype(jnp.float32)
 
 
+@jax.jit
 def of_scaled(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     """`diagonal_blocks` of the inputs of a weight whose columns are multiplied by a scale (in,), which divides them."""
     scale = scale.reshape(blocks.shape[:2])

@@ -101,6 +101,7 @@ def quantize_weight(
     act_order: bool = False,
     scale_search: int = 0,
     keep_zeros: bool = False,
+    static_scales: bool = False,
     name: str = "H",
 ) -> tuple[qarray.QArray, jax.Array]:
     """Quantizes a weight by GPTQ.
@@ -118,6 +119,7 @@ def quantize_weight(
       scale_search: number of ranges that are tried for each scale, from the one that `how` finds down to half of it.
         The one with the smallest error, each column weighted with its diagonal of H, is kept. 0: the first.
       keep_zeros: elements of W that are 0, those of a pruned weight, stay 0, and the others make up for their errors.
+      static_scales: group scales come from the unchanged W, as they always do with `act_order`.
       name: of the weight, for messages.
 
     Returns:
@@ -138,7 +140,8 @@ def quantize_weight(
     if set(how.channelwise_axes) - {0} or set(how.tiled_axes) - {1}:
         raise ValueError(f"GPTQ scales rows (axis 0) and groups of columns (axis 1 tiled), got {how}")
     qarray.get_scale_shape(W.shape, how)  # raises where a tile does not divide
-    q, losses, damping = _gptq(W, H, jnp.float32(percdamp), how, blocksize, act_order, scale_search, keep_zeros)
+    options = (act_order, scale_search, keep_zeros, static_scales)
+    q, losses, damping = _gptq(W, H, jnp.float32(percdamp), how, blocksize, *options)
     if not isinstance(damping, jax.core.Tracer) and float(damping) > percdamp * 1.5:
         warnings.warn(
             f"{name} has no Cholesky factor with a damping of {percdamp}: {float(damping):g} was used. More or other "
@@ -190,7 +193,10 @@ def _order(diagonal: jax.Array) -> jax.Array:
     return jnp.argsort(-diagonal)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "blocksize", "act_order", "scale_search", "keep_zeros"))
+_OPTIONS = ("how", "blocksize", "act_order", "scale_search", "keep_zeros", "static_scales")
+
+
+@functools.partial(jax.jit, static_argnames=_OPTIONS)
 def _gptq(
     W: jax.Array,
     H: jax.Array,
@@ -200,6 +206,7 @@ def _gptq(
     act_order: bool,
     scale_search: int,
     keep_zeros: bool,
+    static_scales: bool,
 ) -> tuple[qarray.QArray, jax.Array, jax.Array]:
     """`quantize_weight`, and the damping that it took: one program, which compiles sooner than two."""
     V, damping = inverse_factor(H, act_order, percdamp)
@@ -212,15 +219,15 @@ def _gptq(
     # Transposed from here on: a column of W is a contiguous row.
     Wt = jnp.where(dead[:, None], 0, W.T.astype(jnp.float32))
 
-    known = act_order or groups == 1  # scales, before the first column is quantized
+    known = act_order or static_scales or groups == 1  # scales, before the first column is quantized
     params = None
     if known:
         params = _group_params(Wt.reshape(groups, group, rows), how, weights.reshape(groups, group), scale_search)
-    group_of = None
+    group_of = jnp.arange(columns) // group if known and groups > 1 else None
     if act_order:
         order = _order(jnp.where(diagonal == 0, 1.0, diagonal))  # as it is after damping
         Wt = Wt[order]
-        group_of = order // group
+        group_of = None if group_of is None else group_of[order]
 
     # Blocks of columns: a group each, or some columns whose scales are known. Runs of columns within a block.
     size = min(blocksize, columns) if known else group

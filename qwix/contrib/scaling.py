@@ -22,6 +22,7 @@ from flax import nnx
 
 from qwix._src import model as model_lib
 from qwix._src.providers import ptq
+from qwix._src.providers.input_transform import WithInputTransform
 from qwix._src.utils import flax_util
 from qwix.contrib import calibration, folding, input_scale, observing, segments, sequential
 
@@ -162,8 +163,9 @@ def observe(
     if by_stage:
         runner, inputs, batches = sequential.start_if_cuttable(model, batches, observer, variables)
         if runner is not None:
-            params = ptq.flatten(observing.params_of(model, variables))
-            named: dict[segments.Path, folding.Path] = {tuple(map(str, path)): path for path, _ in params}
+            paths = [path for path, _ in ptq.flatten(observing.params_of(model, variables))]
+            paths += [path[:-1] for path in paths if path[-1] == "array"]  # of transformed weights, in NNX
+            named: dict[segments.Path, folding.Path] = {tuple(map(str, path)): path for path in paths}
             return inputs, {named[segments.stem(n)] for n in runner.names}, _stages(runner, named)
     tree, inputs = observing.observe(model, batches, observer, variables)
     suffix, found = observer.get_stats_suffix(), {}
@@ -196,7 +198,8 @@ class Weights:
 
     def __init__(self, model: Any, variables: Any, inputs: observing.Call, provider: input_scale.InputScaleProvider):
         self._template = ptq.Template(observing.abstract_params(model, provider, inputs))
-        self._params = dict(ptq.flatten(observing.params_of(model, variables)))
+        weights = self._template.weights(observing.params_of(model, variables))
+        self._params = {weight.path: weight.value for weight in weights}
 
     def contexts(self, path: folding.Path, stats: Mapping[str, jax.Array]) -> list[Context]:
         """A weight and its statistics, of a stacked one for each layer; none if it will not be quantized by them."""
@@ -297,5 +300,8 @@ def _drop_scales(model: nnx.Module, keep: set[folding.Path]) -> None:
         if not isinstance(module, nnx.Module):
             continue
         for name, value in list(vars(module).items()):
-            if isinstance(value, input_scale.WithInputScale) and (*path, name) not in keep:
-                setattr(module, name, value.without_scale())
+            transformed = isinstance(value, WithInputTransform)
+            weight = value.inner() if transformed else value
+            if isinstance(weight, input_scale.WithInputScale) and (*path, name) not in keep:
+                plain = weight.without_scale()
+                setattr(module, name, value.holding(plain) if transformed else plain)

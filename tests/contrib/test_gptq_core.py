@@ -1,11 +1,17 @@
 """GPTQ against a float64 NumPy version written from the paper, column by column and without blocks."""
 
+import importlib.util
+import json
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwix._src.core import qarray
 from qwix.contrib import gptq_core
+
+DATA = pathlib.Path(__file__).parents[1] / "data"
 
 
 def gptq_of_the_paper(W, H, group, codes, bound, percdamp=0.01):
@@ -63,6 +69,20 @@ def test_equals_the_paper(shape, group, blocksize):
     damped = H + np.eye(len(H)) * 0.01 * np.mean(np.diag(H))
     E = W - Q
     np.testing.assert_allclose(losses.sum(), np.trace(E @ damped @ E.T), rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_as_good_as_another_library(bits):
+    """512 x 512, groups of 128, against llm-compressor (scales are static); the recipes' options are far better."""
+    spec = importlib.util.spec_from_file_location("make_gptq_reference", DATA / "make_gptq_reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    W, X = reference.problem()
+    theirs = json.loads((DATA / "gptq_reference.json").read_text())["relative_output_error"][f"int{bits}"]
+    for options, limit in (({"static_scales": True}, 1.01), ({"act_order": True, "scale_search": 20}, 0.65)):
+        H, how = jnp.asarray(X @ X.T, jnp.float32), per_row(f"int{bits}", 128, "absmax")
+        q, _ = gptq_core.quantize_weight(jnp.asarray(W, jnp.float32), H, how, **options)
+        assert reference.output_error(W, np.asarray(qarray.dequantize(q), np.float64), X) < limit * theirs
 
 
 @pytest.mark.parametrize("qtype", [jnp.int8, "int3", "nf4", jnp.float8_e4m3fn, "mxfp4"])
