@@ -99,8 +99,9 @@ class WithInputScale(ptq.WithAux):
             raise ValueError(
                 "the layout of stacked weights with input scales cannot be changed: change that of each layer"
             )
-        # To a layout change, a scale for each feature is a scale like that of a QArray.
-        scale = change(qarray.QArray(value.array.qvalue, value.aligned_scale())).scale
+        # To a layout change, a scale for each feature is a scale like that of a QArray, whatever the codes lie in.
+        codes = jnp.broadcast_to(jnp.int8(0), value.shape) if value.array.own_ops else value.array.qvalue
+        scale = change(qarray.QArray(codes, value.aligned_scale())).scale
         axes = tuple(axis for axis, size in enumerate(scale.shape) if size != 1)
         full = tuple(size if axis in axes else 1 for axis, size in enumerate(result.shape))
         return result.replace(

@@ -49,6 +49,9 @@ from qwix._src.providers import boxed_param, ptq
 # elements are sharded and stored like the float array; with them an op does not have to pad.
 QARRAY_KEEP_PADDED_SHAPE = False
 
+# See `qarray.UnquantizedQArray`.
+QUANTIZES_ALIKE = True
+
 
 @nnx_nodes.register
 @pytree.array_structure
@@ -457,7 +460,7 @@ def _contractible(arrays: Iterable[Any], groups: Sequence[Sequence[tuple[int, in
       groups: for each index that is summed, the (operand, axis) pairs that it runs over.
     """
     arrays = [pytree.unwrap(x) for x in arrays]
-    if not any(isinstance(x, PaddedQArray) for x in arrays):
+    if operands.own_ops(*arrays) is not None or not any(isinstance(x, PaddedQArray) for x in arrays):
         return arrays
     if not all(isinstance(x, QArray) for x in arrays):
         return [dequantize(x) if isinstance(x, PaddedQArray) else x for x in arrays]

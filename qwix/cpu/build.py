@@ -72,6 +72,7 @@ def compile_library(
     include_dir: str | os.PathLike[str],
     extra: tuple[str, ...] = (),
     emulated: bool = False,
+    only: frozenset[str] | None = None,
 ) -> None:
     """Compiles the kernels into a shared library.
 
@@ -80,6 +81,7 @@ def compile_library(
       include_dir: that of jaxlib, `jax.ffi.include_dir()`.
       extra: flags for compiling and linking.
       emulated: every instruction set, for tests; needs SIMDe's headers (libsimde-dev on Debian).
+      only: the names of the instruction sets that are compiled, besides the portable kernels. Default: all.
 
     Raises:
       BuildError: there is no compiler, or it fails; the message has the command and the end of its output.
@@ -96,7 +98,8 @@ def compile_library(
         defines.append("-DQWIX_EMULATED")
     with tempfile.TemporaryDirectory() as scratch:
         objects = pathlib.Path(scratch)
-        known = {name: flags for name, flags in variants.items() if _accepts(compiler, flags, objects)}
+        wanted = {name: flags for name, flags in variants.items() if only is None or name in only}
+        known = {name: flags for name, flags in wanted.items() if _accepts(compiler, flags, objects)}
         defines += [f"-DQWIX_{name.upper()}" for name in known]
         jobs = {name: list(flags) for name, flags in known.items()} | {"portable": ["-O2"]}
         commands = [
@@ -106,9 +109,9 @@ def compile_library(
         commands += [
             ["-O2", str(SOURCES / f"{name}.cc"), "-o", str(objects / f"{name}.o")] for name in ("ffi", "registry")
         ]
-        common = [*compiler, *FLAGS, *defines, *extra, "-isystem", os.fspath(include_dir), "-c"]
+        common = [*compiler, *FLAGS, *defines, "-isystem", os.fspath(include_dir), "-c"]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(lambda command: _run([*common, *command]), commands))
+            list(pool.map(lambda command: _run([*common, *command, *extra]), commands))
         library = objects / "library.so"
         _run([*compiler, "-shared", *extra, *map(str, sorted(objects.glob("*.o"))), "-o", str(library)])
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,15 @@ def compile_library(
         partial = output.with_name(f"{output.name}.{os.getpid()}")
         shutil.copy(library, partial)
         partial.replace(output)
+
+
+def _runnable() -> frozenset[str] | None:
+    """The instruction sets of this CPU, as far as Linux tells; None: unknown."""
+    try:
+        words = frozenset(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return None
+    return (words & {*_X86}) | ({"neon_dotprod"} if "asimddp" in words else set())
 
 
 def _accepts(compiler: list[str], flags: tuple[str, ...], scratch: pathlib.Path) -> bool:
@@ -142,8 +154,15 @@ def main() -> None:
     if args.emulate:
         compile_library(pathlib.Path(args.emulate), jax.ffi.include_dir(), emulated=True)
     elif args.sanitize:
-        extra = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
-        compile_library(pathlib.Path(args.sanitize), jax.ffi.include_dir(), extra)
+        extra = (
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=undefined",
+            "-fno-omit-frame-pointer",
+            "-g1",
+            "-O1",
+        )
+        # Each of these takes minutes, so only what runs here is compiled.
+        compile_library(pathlib.Path(args.sanitize), jax.ffi.include_dir(), extra, only=_runnable())
     else:
         compile_library(pathlib.Path(__file__).parent / library_name(), jax.ffi.include_dir())
 

@@ -3,9 +3,11 @@
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import warnings
+from typing import Any, NoReturn
 
 import jax
 import jax.ffi
@@ -113,6 +115,9 @@ def matmul(
 ) -> jax.Array:
     """y[m, l n] = sum_k x[m, k] w[l, k, n] + bias, of a packed w. `packed.py` says what the arrays hold.
 
+    All arrays may have the same number of axes before those named here, a batch of products; where one has size 1
+    there, it is the same in all of them.
+
     Args:
       x: (M, K) float32 or bfloat16; int8 in mode QUANTIZED.
       x_scale: (M, 1) or (M, tiles) float32 in mode QUANTIZED, else None.
@@ -130,29 +135,33 @@ def matmul(
 
     Returns:
       (M, leads * columns).
+
+    Raises:
+      ValueError: a shape or a dtype is none of these.
     """
-    blocks = -(-columns // 16)
-    leads = codes.shape[-3] // max(blocks, 1)
-    none = np.zeros((0,), np.float32)
-    rows = x.shape[0]
-    padded_k = x.shape[1] // tile * (-(-tile // 8) * 8)
+    operands = {"x": x, "x_scale": x_scale, "codes": codes, "scale": scale, "zeros": zeros, "bias": bias}
+    batch = _check_product(operands, mode=mode, columns=columns, tile=tile, dtype=dtype)
+    leads = codes.shape[-3] // max(-(-columns // 16), 1)
+    none = functools.partial(jnp.zeros, (0,))  # no constant, which would be a parameter of a partitioned call
+    rows, k = x.shape[-2:]
+    padded_k = k // tile * (-(-tile // 8) * 8)
     # The rows of x as the kernels want them: floats, or codes with a header; and two numbers for each tile.
-    row_bytes = padded_k * (4 if mode == FLOAT else 3) + 128 + x.shape[1] // tile * 8
+    row_bytes = padded_k * (4 if mode == FLOAT else 3) + 128 + k // tile * 8
     call = jax.ffi.ffi_call(
         MATMUL,
         [
-            jax.ShapeDtypeStruct((rows, leads * columns), dtype),
-            jax.ShapeDtypeStruct((rows * row_bytes,), np.uint8),
+            jax.ShapeDtypeStruct((*batch, rows, leads * columns), dtype),
+            jax.ShapeDtypeStruct((math.prod(batch) * rows * row_bytes,), np.uint8),
         ],
         vmap_method="expand_dims",
     )
     out, _ = call(
         x,
-        none if x_scale is None else x_scale,
+        none(np.float32) if x_scale is None else x_scale,
         codes,
         scale,
-        none.astype(np.uint8) if zeros is None else zeros,
-        none if bias is None else jnp.asarray(bias, jnp.float32),
+        none(np.uint8) if zeros is None else zeros,
+        none(np.float32) if bias is None else bias,
         format=np.int64(format_number),
         mode=np.int64(mode),
         n=np.int64(columns),
@@ -161,6 +170,57 @@ def matmul(
         kernels=np.int64(kernel),
     )
     return out
+
+
+_FLOATS = {np.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)}
+_RANKS = {"x": 2, "x_scale": 2, "codes": 3, "scale": 3, "zeros": 3, "bias": 1}
+
+
+def _check_product(operands: dict[str, Any], *, mode: int, columns: int, tile: int, dtype: Any) -> tuple[int, ...]:
+    """The sizes of the batch axes of `matmul`'s operands; a ValueError if they are none of a product."""
+    given = {name: x for name, x in operands.items() if x is not None}
+    shapes = {name: tuple(x.shape) for name, x in given.items()}
+
+    def refuse(why: str) -> NoReturn:
+        described = ", ".join(f"{name} {x.dtype}{list(shapes[name])}" for name, x in given.items())
+        raise ValueError(f"the native matmul has no use for {described} in mode {mode}, N = {columns}: {why}")
+
+    if any(len(shape) < _RANKS[name] for name, shape in shapes.items()):
+        refuse("an array has too few axes")
+    batches = [shape[: len(shape) - _RANKS[name]] for name, shape in shapes.items()]
+    if len({*map(len, batches)}) > 1 or any(len({*sizes} - {1}) > 1 for sizes in zip(*batches, strict=True)):
+        refuse("the axes before those of one product are no common batch")
+    batch = tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*batches, strict=True))
+    core = {name: shape[len(batch) :] for name, shape in shapes.items()}
+    rows, k = core["x"]
+    blocks, tiles, per_lead = core["codes"][0], core["scale"][1], -(-columns // 16)
+    if tile < 1 or tiles * tile != k or columns < 1 or blocks % per_lead or core["codes"][2] != 64:
+        refuse(f"K = {k} is not {tiles} tiles of {tile}, or the codes are not whole blocks of 16 columns")
+    steps = tiles * -(-tile // 8)  # of 8 k in 64 bytes; of 8 bits, twice as many
+    if core["codes"][1] not in (steps, 2 * steps) or core["scale"] != (blocks, tiles, 16):
+        refuse(f"K = {k} in tiles of {tile} has {steps} or {2 * steps} steps, and scales {[blocks, tiles, 16]}")
+    fits: dict[str, list[tuple[int, ...]]] = {
+        "zeros": [core["scale"]],
+        "bias": [(blocks // per_lead * columns,)],
+        "x_scale": [(rows, 1), (rows, tiles)],
+    }
+    for name, allowed in fits.items():
+        if name in core and core[name] not in allowed:
+            refuse(f"{name} has to be of shape {' or '.join(str(list(shape)) for shape in allowed)}")
+    if (x_scale := mode == QUANTIZED) != ("x_scale" in given):
+        refuse("int8 activations have scales" if x_scale else "float activations have no scales")
+    dtypes = {
+        "x": {np.dtype(np.int8)} if mode == QUANTIZED else _FLOATS - {np.dtype(np.float16)},
+        "scale": _FLOATS,
+        "codes": {np.dtype(np.uint8)},
+        "zeros": {np.dtype(np.uint8)},
+    }
+    for name, x in given.items():
+        if x.dtype not in dtypes.get(name, {np.dtype(np.float32)}):
+            refuse(f"{name} is in a dtype that it has no code for")
+    if np.dtype(dtype) not in _FLOATS - {np.dtype(np.float16)}:
+        refuse(f"there are no results in {np.dtype(dtype)}")
+    return batch
 
 
 # `kKeysOfPart` of csrc/job.h.
@@ -192,7 +252,11 @@ def attend(
 
     Returns:
       (heads, queries, width) float32.
+
+    Raises:
+      ValueError: a shape or a dtype is none of these.
     """
+    _check_attention(query, keys, key_scale, values, value_scale, used)
     heads, queries, width = query.shape
     parts = -(-keys.shape[1] // _KEYS_OF_PART)
     none = np.zeros((0,), np.float32)
@@ -215,3 +279,24 @@ def attend(
         kernels=np.int64(kernel),
     )
     return out
+
+
+def _check_attention(query: Any, keys: Any, key_scale: Any, values: Any, value_scale: Any, used: Any) -> None:
+    given = {"query": query, "keys": keys, "values": values, "used": used}
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    given |= {name: x for name, x in scales.items() if x is not None}
+    fits = (
+        query.ndim == keys.ndim == 3
+        and keys.shape == values.shape
+        and (query.shape[0], query.shape[2]) == (keys.shape[0], keys.shape[2])
+        and keys.shape[1] > 0
+        and used.shape == ()
+    )
+    is_int8 = keys.dtype == np.int8
+    for scale in scales.values():
+        fits = fits and (is_int8 == (scale is not None)) and (scale is None or scale.shape == (*keys.shape[:2], 1))
+    dtypes = query.dtype == np.float32 and used.dtype == np.int32 and keys.dtype == values.dtype
+    dtypes = dtypes and (is_int8 or keys.dtype in _FLOATS)
+    if not fits or not dtypes or any(x.dtype != np.float32 for x in scales.values() if x is not None):
+        described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
+        raise ValueError(f"the native attention has no use for {described}: see `attend` for what it takes")

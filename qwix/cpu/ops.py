@@ -2,14 +2,17 @@
 
     y = x W,  W packed, x float, or int8 with a scale for each row, or to be quantized so within the kernel
 
-An op that the kernels do not do (two packed operands, an axis of the matrix in the batch, float64, ...) runs on the
-unpacked weight, as does every op on a platform other than the CPU, or without the native library: the same numbers,
-to float rounding.
+A convolution is such a product as well: each window of the input is a row.
+
+An op that the kernels do not do (two packed operands, an axis of the matrix in the batch, groups of features, float64,
+...) runs on the unpacked weight, as does every op on a platform other than the CPU, or without the native library: the
+same numbers, to float rounding.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +24,7 @@ from qwix._src.core import calibration, operands, qarray
 from qwix._src.core import conv_general as core_conv
 from qwix._src.core import dot_general as core_dot_general
 from qwix._src.core.qarray import HowToQuantize, QArray
-from qwix.cpu import native, packed
+from qwix.cpu import native, packed, partition
 from qwix.cpu.packed import PackedQArray
 
 _FLOAT32 = np.dtype(np.float32)
@@ -65,24 +68,78 @@ def dot_general(
     return lax.transpose(out, order)
 
 
+def matmul(
+    x: Any, weight: PackedQArray, bias: jax.Array | None = None, preferred_element_type: Any = None
+) -> jax.Array:
+    """x W + b, where the bias is added before a result in bfloat16 is rounded, and in the kernel on a CPU.
+
+    (A layer that is quantized by its rules adds its bias after the op that is intercepted, where XLA fuses it with what
+    comes next.)
+
+    Args:
+      x: (..., K), an array or a QArray.
+      weight: packed, of shape (K, N).
+      bias: (N,), or None.
+      preferred_element_type: the result's dtype. Default: the promotion of those of x and of the weight.
+
+    Returns:
+      (..., N).
+
+    Raises:
+      ValueError: the shapes do not fit.
+
+    >>> w = packed.pack(qarray.quantize_api(jnp.eye(8), jnp.int8, channelwise_axes=(1,)))
+    >>> matmul(jnp.arange(8.0), w, jnp.ones(8)).round(1)[:3]
+    Array([1., 2., 3.], dtype=float32)
+    """
+    if weight.ndim != 2 or x.shape[-1] != weight.shape[0] or (bias is not None and bias.shape != weight.shape[1:]):
+        raise ValueError(
+            f"x {tuple(x.shape)} times a weight {weight.shape}, with a bias of {None if bias is None else bias.shape}: "
+            "they have to be (..., K), (K, N) and (N,)"
+        )
+    x_dims, w_dims = [(x.ndim - 1,), ()], [(0,), ()]
+    dtype = operands.result_dtype(x, weight, preferred_element_type=preferred_element_type)
+    if _fits(x, weight, w_dims, dtype):
+        return _dot(x, weight, x_dims, w_dims, dtype, bias)
+    dims = ((x_dims[0], w_dims[0]), ((), ()))
+    out = core_dot_general.dot_general(qarray.unwrap(x), weight.plain(), dims, None, dtype)
+    return out if bias is None else (out + bias).astype(dtype)
+
+
 def _fits(x: Any, weight: PackedQArray, w_dims: list[tuple[int, ...]], dtype: np.dtype) -> bool:
     """Whether the kernels do such a product."""
     contracted, batch = w_dims
     lead = len(weight.lead)
     return (
-        not isinstance(x, PackedQArray)
+        _fits_dtypes(x, weight, dtype)
         and sorted(contracted) == sorted(lead + axis for axis in weight.layout.k_axes)
         and all(axis < lead for axis in batch)
+    )
+
+
+def _fits_dtypes(x: Any, weight: PackedQArray, dtype: np.dtype) -> bool:
+    """Whether the kernels read such operands, and there is anything to do."""
+    return (
+        not isinstance(x, PackedQArray)
         and jnp.issubdtype(x.dtype, jnp.floating)
         and jnp.issubdtype(dtype, jnp.floating)
         and all(np.dtype(d).itemsize <= 4 for d in (x.dtype, weight.dtype, dtype))
         and weight.scale.dtype.itemsize <= 4
         and math.prod(x.shape) > 0
+        # Where a sharding is part of an array's type, an op has to say that of its result.
+        and not any(
+            any(jax.typeof(leaf).sharding.spec) for leaf in (x.qvalue if isinstance(x, QArray) else x, weight.qvalue)
+        )
     )
 
 
 def _dot(
-    x: Any, weight: PackedQArray, x_dims: list[tuple[int, ...]], w_dims: list[tuple[int, ...]], dtype: np.dtype
+    x: Any,
+    weight: PackedQArray,
+    x_dims: list[tuple[int, ...]],
+    w_dims: list[tuple[int, ...]],
+    dtype: np.dtype,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """(batch axes, other axes of x, other axes of the weight)."""
     layout, lead = weight.layout, len(weight.lead)
@@ -100,7 +157,7 @@ def _dot(
         if scale is not None:
             scale = jnp.broadcast_to(scale, (*rest_shape, scale.shape[-1])).reshape(-1, scale.shape[-1])
         remaining = weight.lead
-        out = multiply(values, scale, weight, product)
+        out = multiply(values, scale, weight, bias, product)
         columns = [layout.shape[axis] for axis in layout.n_axes]
         out = out.reshape(*rest_shape, *remaining, *columns)
         places = np.argsort(np.asarray(layout.n_axes))
@@ -120,7 +177,7 @@ def _activations(
     """(mode, values, scales or None, calibration method): x with its axes in `order`, as the kernels take it."""
     format_ = packed.format_of(weight.qtype)
     assert format_ is not None
-    tiles = weight.layout.k // weight.layout.tile
+    tiles = weight.layout.tiles
     if isinstance(x, qarray.UnquantizedQArray) and format_.is_integer and _is_dynamic(x, order, contracted, weight):
         return native.DYNAMIC, _supported(x.qvalue.transpose(order)), None, x.how.calibration_method
     x = qarray.unwrap(x)
@@ -155,15 +212,15 @@ def _is_dynamic(x: qarray.UnquantizedQArray, order: list[int], contracted: int, 
         return False
     if calibration.parse_calibration_method(how.calibration_method)[0] != "absmax":
         return False
-    shape = qarray.get_scale_shape(x.shape, how)
+    shape = x.module.get_scale_shape(x.shape, how)
     counts = tuple(shape[axis] for axis in order)
     rows = order[: len(order) - contracted]
     if any(shape[axis] != x.shape[axis] for axis in rows):
         return False
     columns = counts[len(rows) :]
-    if layout.tile == layout.k:
+    if layout.tiles == 1:
         return all(n == 1 for n in columns)
-    return any(n != 1 for n in columns) and _flat_counts(columns, x, order) == layout.k // layout.tile
+    return any(n != 1 for n in columns) and _flat_counts(columns, x, order) == layout.tiles
 
 
 def _supported(x: jax.Array) -> jax.Array:
@@ -171,15 +228,21 @@ def _supported(x: jax.Array) -> jax.Array:
     return x if x.dtype in (_FLOAT32, _BFLOAT16) else x.astype(jnp.float32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def multiply(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product: Any) -> jax.Array:
-    """(M, K) times a packed (leads, K, N): (M, leads * N)."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def multiply(
+    x: jax.Array, scale: jax.Array | None, weight: PackedQArray, bias: jax.Array | None, product: Any
+) -> jax.Array:
+    """(M, K) times a packed (leads, K, N), and a bias (leads * N,): (M, leads * N)."""
+    missing = weight.layout.padded_k - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+    bias = None if bias is None else bias.astype(jnp.float32)
     if not native.is_available():
-        return _reference(x, scale, weight, product)
+        return _reference(x, scale, weight, bias, product)
     return lax.platform_dependent(
         x,
         scale,
         weight,
+        bias,
         cpu=functools.partial(_native, product=product),
         default=functools.partial(_reference, product=product),
     )
@@ -194,18 +257,14 @@ def _no_gradient(product: Any, primals: Any, tangents: Any) -> Any:
     )
 
 
-def _native(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product: _Product) -> jax.Array:
+def _native(
+    x: jax.Array, scale: jax.Array | None, weight: PackedQArray, bias: jax.Array | None, product: _Product
+) -> jax.Array:
     format_, layout = packed.format_of(weight.qtype), weight.layout
     assert format_ is not None
     merge = lambda leaf: leaf.reshape(-1, *leaf.shape[-2:])  # noqa: E731
     _, args = calibration.parse_calibration_method(product.method) if product.method else ("", ())
-    out = native.matmul(
-        x,
-        scale,
-        merge(weight.qvalue),
-        merge(weight.scale),
-        None if weight.zero_point is None else merge(weight.zero_point),
-        None,
+    call = partition.Call(
         format_number=format_.number,
         mode=product.mode,
         columns=layout.n,
@@ -213,24 +272,30 @@ def _native(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product
         factor=args[0] if args else 1.0,
         dtype=_BFLOAT16 if product.dtype == _BFLOAT16 else _FLOAT32,
     )
+    zeros = None if weight.zero_point is None else merge(weight.zero_point)
+    out = partition.matmul(call, x, scale, merge(weight.qvalue), merge(weight.scale), zeros, bias)
     return out.astype(product.dtype)
 
 
-def _reference(x: jax.Array, scale: jax.Array | None, weight: PackedQArray, product: _Product) -> jax.Array:
+def _reference(
+    x: jax.Array, scale: jax.Array | None, weight: PackedQArray, bias: jax.Array | None, product: _Product
+) -> jax.Array:
     """The same product by the ops of `core/`, on the unpacked weight."""
     layout, w = weight.layout, packed.matrix(weight)
     lead = len(weight.lead)
     lhs: Any = x
     if product.mode == native.DYNAMIC:
-        tiles = {} if layout.tile == layout.k else {1: layout.tile}
+        tiles = {} if layout.tiles == 1 else {1: layout.tile}
         how = HowToQuantize(qtype=jnp.int8, channelwise_axes=(0,), tiled_axes=tiles, calibration_method=product.method)
         lhs = qarray.quantize(x, how)
     elif product.mode == native.QUANTIZED:
         assert scale is not None
         lhs = QArray(x, scale)
     dims = (((1,), (lead,)), ((), ()))
-    out = core_dot_general.dot_general(lhs, w, dims, preferred_element_type=product.dtype)
-    return out.reshape(x.shape[0], -1)
+    dtype = product.dtype if bias is None else np.promote_types(product.dtype, _FLOAT32)
+    out = core_dot_general.dot_general(lhs, w, dims, preferred_element_type=dtype)
+    out = out.reshape(x.shape[0], math.prod(out.shape[1:]))
+    return out if bias is None else (out + bias).astype(product.dtype)
 
 
 def conv_general_dilated(
@@ -251,20 +316,84 @@ def conv_general_dilated(
     """`core.conv_general.conv_general_dilated` where an operand is a `PackedQArray`.
 
     A kernel that is packed is a matrix of (window, features in) x (features out); the input becomes one of a row for
-    each window.
+    each window, as slices of it: `_windows`.
     """
-    lhs, rhs = qarray.unwrap(lhs), qarray.unwrap(rhs)
-    return core_conv.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-        precision,
-        preferred_element_type,
-        out_sharding,
+    dims: lax.ConvDimensionNumbers = dimension_numbers
+    dtype = operands.result_dtype(lhs, rhs, preferred_element_type=preferred_element_type)
+    dilation = tuple(lhs_dilation or (1,) * len(window_strides))
+    fits = (
+        isinstance(rhs, PackedQArray)
+        and _fits_dtypes(lhs, rhs, dtype)
+        and not rhs.lead
+        and rhs.layout.n_axes == dims.rhs_spec[:1]
+        and feature_group_count == batch_group_count == 1
+        and out_sharding is None
+        and (not isinstance(padding, str) or set(dilation) == {1})
     )
+    if not fits:
+        return core_conv.conv_general_dilated(
+            qarray.unwrap(lhs),
+            qarray.unwrap(rhs),
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dims,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
+            out_sharding,
+        )
+    spatial = [rhs.shape[axis] for axis in dims.rhs_spec[2:]]
+    rhs_dilation = tuple(rhs_dilation or (1,) * len(spatial))
+    order = (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1])
+    mode, values, scale = _image(lhs, rhs, order)
+    if isinstance(padding, str):
+        extents = [(n - 1) * d + 1 for n, d in zip(spatial, rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(values.shape[1:-1], extents, window_strides, padding)
+    amounts = [(low, high, d - 1) for (low, high), d in zip(padding, dilation, strict=True)]
+    values = lax.pad(values, np.zeros((), values.dtype), [(0, 0, 0), *amounts, (0, 0, 0)])
+    values = _windows(values, spatial, window_strides, rhs_dilation)
+    size = len(spatial)
+    batch = values.shape[: 1 + size]
+    # (batch, places, window, features) to the order of the axes that make K.
+    at = {dims.rhs_spec[1]: 1 + 2 * size} | {axis: 1 + size + i for i, axis in enumerate(dims.rhs_spec[2:])}
+    values = values.transpose(*range(1 + size), *(at[axis] for axis in rhs.layout.k_axes))
+    if scale is not None:
+        scale = jnp.broadcast_to(scale.reshape(-1, *(1,) * size), batch).reshape(-1, 1)
+    values = values.reshape(math.prod(batch), rhs.layout.k)
+    out = multiply(values, scale, rhs, None, _Product(mode, "", dtype))
+    out = out.reshape(*batch, rhs.layout.n)
+    places = (dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1])
+    return out.transpose(np.argsort(places))
+
+
+def _image(x: Any, weight: PackedQArray, order: tuple[int, ...]) -> tuple[int, jax.Array, jax.Array | None]:
+    """(mode, values, a scale for each of the batch or None): the input of a convolution, with its axes in `order`."""
+    format_ = packed.format_of(weight.qtype)
+    assert format_ is not None
+    x = qarray.unwrap(x)
+    if isinstance(x, QArray) and format_.is_integer and x.zero_point is None:
+        is_int8 = x.qvalue.dtype == _INT8
+        if is_int8 and all(x.scale.shape[axis] == 1 for axis in order[1:]) and weight.layout.tiles == 1:
+            scale = jnp.broadcast_to(x.scale.reshape(-1), (x.shape[order[0]],))
+            return native.QUANTIZED, x.qvalue.transpose(order), scale.astype(jnp.float32)
+    values = qarray.dequantize(x) if isinstance(x, QArray) else x
+    return native.FLOAT, _supported(values.transpose(order)), None
+
+
+def _windows(x: jax.Array, window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]) -> jax.Array:
+    """What a convolution sums over: (batch, *spatial, features) -> (batch, *places, *window, features).
+
+    Of one spatial axis after the other, so that a window of 16 x 16 takes 32 slices.
+
+    >>> _windows(jnp.arange(4.0).reshape(1, 4, 1), (2,), (1,), (1,))[0, :, :, 0].tolist()
+    [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
+    """
+    for axis, (size, stride, step) in enumerate(zip(window, strides, dilation, strict=True), 1):
+        places = max(0, (x.shape[axis] - (size - 1) * step - 1) // stride + 1)
+        end = max(0, (places - 1) * stride + 1)
+        slices = [lax.slice_in_dim(x, i * step, i * step + end, stride, axis) for i in range(size)]
+        x = jnp.stack(slices, -2)
+    return x

@@ -10,6 +10,7 @@ from flax import nnx
 from qwix._src import qconfig
 from qwix._src.core import qarray
 from qwix._src.providers.with_aux import WithAux
+from qwix.contrib import padded_ptq
 from qwix.cpu import native, packed
 
 
@@ -28,12 +29,13 @@ def optimize_for_inference(model: Any) -> Any:
 
     Returns:
       A model, or variables, of the same structure, in which each `WithAux` holds a `PackedQArray`. Partition specs of
-      the weights are dropped, as the packed arrays have other axes.
+      the weights are dropped, as the packed arrays have other axes; arrays that are sharded by rows or columns stay so
+      (see `pack`).
 
     Raises:
       NothingToPackError: there is no quantized weight in it (a ValueError).
 
-    Weights that no kernel reads (int16, AWQ's, padded ones, ...) stay as they are, which is warned of.
+    Weights that no kernel reads (int16, ...) stay as they are, which is warned of.
 
     >>> import jax.numpy as jnp, qwix
     >>> provider = qwix.PtqProvider([qwix.QuantizationRule(weight_qtype=jnp.int4, tile_size=32)])
@@ -51,9 +53,12 @@ def optimize_for_inference(model: Any) -> Any:
         if isinstance(array, packed.PackedQArray):
             count += 1
             return value
-        if type(value) is not WithAux or type(array) is not qarray.QArray:
-            if isinstance(array, qarray.QArray):
-                kept[path] = f"a {type(array).__name__} in a {type(value).__name__}"
+        if isinstance(array, WithAux):  # within a `WithInputTransform`
+            return value.replace(array=convert(path, value.array))
+        if not isinstance(array, qarray.QArray):
+            return value
+        if type(array) not in (qarray.QArray, padded_ptq.PaddedQArray):
+            kept[path] = f"a {type(array).__name__}"
             return value
         axes = _contracting_axes(array, value.how)
         if problem := packed.why_not_packed(array, axes):
@@ -79,8 +84,9 @@ def restore(model: Any) -> Any:
     """The model that `optimize_for_inference` was given, bit for bit, but for partition specs."""
 
     def convert(path: str, value: WithAux) -> WithAux:
-        del path
         array = qarray.pytree.unwrap(value).array
+        if isinstance(array, WithAux):
+            return value.replace(array=convert(path, value.array))
         if not isinstance(array, packed.PackedQArray):
             return value
         return value.replace(array=_boxed_like(value.array, packed.unpack(array)))

@@ -21,6 +21,9 @@ True
 
 Axes before those of the matrix (layers of a scan, heads of an einsum) are leading axes of every leaf, which may come
 and go under `jax.vmap`, `jax.lax.scan` and stacking.
+
+A `PaddedQArray`, whose last tile may be cut short, is packed at its padded shape: activations are padded with zeros,
+which meet codes that count for nothing.
 """
 
 import functools
@@ -31,16 +34,18 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from qwix._src import nnx_nodes
 from qwix._src.core import numerics, pytree, qarray, tiling
 from qwix._src.core.qarray import QArray
+from qwix.contrib.padded_ptq import PaddedQArray
 
 COLUMNS = 16
 STEP_BYTES = 64
 
-# A sum of as many products of two int8 does not overflow int32.
-MAX_TILE = 2**17 - 1
+# A sum of as many products of two int8 does not overflow int32; with zero points, one factor has 9 bits.
+MAX_TILE, MAX_TILE_ASYMMETRIC = 2**17 - 1, 2**16 - 1
 
 
 class Format(NamedTuple):
@@ -94,10 +99,25 @@ class _Layout(NamedTuple):
     tile: int
     scale_shape: tuple[int, ...]
     zero_point_shape: tuple[int, ...] | None
+    padded_shape: tuple[int, ...] | None  # of a PaddedQArray; else None
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape that consists of whole tiles."""
+        return self.shape if self.padded_shape is None else self.padded_shape
 
     @property
     def k(self) -> int:
         return math.prod(self.shape[axis] for axis in self.k_axes)
+
+    @property
+    def padded_k(self) -> int:
+        """K of `full_shape`; what is beyond `k` is multiplied with zeros."""
+        return math.prod(self.full_shape[axis] for axis in self.k_axes)
+
+    @property
+    def tiles(self) -> int:
+        return self.padded_k // self.tile
 
     @property
     def n(self) -> int:
@@ -114,6 +134,7 @@ class _Layout(NamedTuple):
             self.tile,
             move(self.scale_shape),
             None if self.zero_point_shape is None else move(self.zero_point_shape),
+            None if self.padded_shape is None else move(self.padded_shape),
         )
 
 
@@ -162,18 +183,18 @@ class PackedQArray(QArray):
     @property
     def scale_tile_shape(self) -> tuple[int, ...]:
         """How many elements share a scale along each axis."""
-        return (1,) * len(self.lead) + tiling.tile_shape(self.layout.shape, self.layout.scale_shape)
+        return (1,) * len(self.lead) + tiling.tile_shape(self.layout.full_shape, self.layout.scale_shape)
 
     @property
     def zero_point_tile_shape(self) -> tuple[int, ...] | None:
         """How many elements share a zero point along each axis; None in symmetric quantization."""
         if self.layout.zero_point_shape is None:
             return None
-        return (1,) * len(self.lead) + tiling.tile_shape(self.layout.shape, self.layout.zero_point_shape)
+        return (1,) * len(self.lead) + tiling.tile_shape(self.layout.full_shape, self.layout.zero_point_shape)
 
     def plain(self) -> QArray:
-        """The QArray that was packed."""
-        return unpack(self)
+        """The QArray that was packed; of a PaddedQArray, its `plain` form."""
+        return unpack(self).plain()
 
     def astype(self, dtype: Any) -> "PackedQArray":
         """Changes the dtype of the dequantized array; the codes stay as they are."""
@@ -209,7 +230,8 @@ class PackedQArray(QArray):
             return jax.tree.map(lambda leaf: leaf[entries[: len(self.lead)]], array)
         axis = len(self.lead) + self.layout.n_axes[0]
         is_lookup = used == [axis] and len(entries) == self.ndim and not isinstance(entries[axis], slice)
-        if is_lookup and len(self.layout.n_axes) == 1 and not self.lead and axis == 0:
+        is_matrix = len(self.layout.n_axes) == 1 and not self.lead and self.layout.padded_shape is None
+        if is_lookup and is_matrix and axis == 0:
             return _take_columns(array, entries[axis])
         return self.plain()[idx]
 
@@ -219,18 +241,25 @@ def pack(array: QArray, contracting_axes: Sequence[int] | None = None) -> Packed
 
     Args:
       array: a QArray in a format of `FORMATS` (integers of up to 8 bits, nf4, fp8, float4 and the block formats of
-        these), with scales in float32, bfloat16 or float16.
+        these), with scales in float32, bfloat16 or float16; or a PaddedQArray that is padded along the one axis that
+        is contracted. One that is sharded by columns or rows stays so, where whole blocks or tiles come to each device
+        (and is replicated where the mesh has axes of type Explicit).
       contracting_axes: the axes that products sum over. Default: those without a scale for each index. Axes before
         the first of them are leading axes; if all others are, the last of these is the output axis.
 
     Raises:
       ValueError: the format, the dtype of the scale, or the granularity has no kernel; `why_not_packed` tells.
     """
-    array = qarray.unwrap(array)
+    array = pytree.unwrap(array)
+    array = array if isinstance(array, PaddedQArray) else array.plain()
     problem, lead, layout = _find_layout(array, contracting_axes)
     if layout is None:
         raise ValueError(f"A QArray of shape {array.shape} cannot be packed: {problem}.")
-    return _pack(array, lead, layout)
+    stored = QArray(array.qvalue, array.scale, array.zero_point, array.qtype)
+    if (mesh := _explicit_mesh(array.qvalue)) is not None:
+        whole = jax.NamedSharding(jax.sharding.Mesh(mesh.devices, mesh.axis_names), jax.P())
+        return jax.device_put(_pack(jax.device_put(stored, whole), lead, layout), jax.NamedSharding(mesh, jax.P()))
+    return _sharded_alike(stored.qvalue, _pack(stored, lead, layout))
 
 
 def why_not_packed(array: QArray, contracting_axes: Sequence[int] | None = None) -> str:
@@ -243,12 +272,17 @@ def why_not_packed(array: QArray, contracting_axes: Sequence[int] | None = None)
 
 
 def unpack(array: PackedQArray) -> QArray:
-    """The QArray that was packed, bit for bit."""
-    return _unpack(pytree.unwrap(array))
+    """The QArray (or PaddedQArray) that was packed, bit for bit."""
+    array = pytree.unwrap(array)
+    found, layout = _unpack(array), array.layout
+    if layout.padded_shape is None:
+        return found
+    shapes = {"padded_shape": (*array.lead, *layout.padded_shape), "original_shape": array.shape}
+    return PaddedQArray(found.qvalue, found.scale, found.zero_point, found.qtype, **shapes)
 
 
 def matrix(array: PackedQArray) -> QArray:
-    """The packed array as a QArray of shape (*lead, K, N) with scales (*lead, tiles, N)."""
+    """The packed array as a QArray of shape (*lead, padded K, N) with scales (*lead, tiles, N)."""
     return _unpack_matrix(pytree.unwrap(array))
 
 
@@ -280,18 +314,34 @@ def _find_layout(array: QArray, contracting_axes: Sequence[int] | None) -> tuple
     k_axes = tuple(axis - lead for axis in contracted)
     n_axes = tuple(axis - lead for axis in others[lead:])
     zero_counts = None if zero_shape is None else zero_shape[lead:]
-    layout = _Layout(shape[lead:], k_axes, n_axes, 0, scale_shape[lead:], zero_counts)
-    tile = functools.reduce(math.gcd, (_flat_tile(layout, counts) for counts in layout[4:] if counts is not None))
-    if tile > MAX_TILE:
+    padded = None
+    if isinstance(array, PaddedQArray):
+        if problem := _why_not_padded(array, contracted):
+            return problem, 0, None
+        padded = tuple(n * tile for n, tile in zip(scale_shape, array.scale_tile_shape, strict=True))[lead:]
+    layout = _Layout(shape[lead:], k_axes, n_axes, 0, scale_shape[lead:], zero_counts, padded)
+    shared = [counts for counts in (layout.scale_shape, layout.zero_point_shape) if counts is not None]
+    tile = functools.reduce(math.gcd, (_flat_tile(layout, counts) for counts in shared))
+    if tile > (MAX_TILE if zero_shape is None else MAX_TILE_ASYMMETRIC):
         return f"{tile} elements share a scale, whose sum could overflow", 0, None
     return "", lead, layout._replace(tile=tile)
+
+
+def _why_not_padded(array: PaddedQArray, contracted: Sequence[int]) -> str:
+    """Why the kernels do not read a PaddedQArray; an empty string if they do."""
+    if array.qvalue.shape != array.shape:
+        return "its padded elements were kept (QARRAY_KEEP_PADDED_SHAPE)"
+    whole = [axis for axis in contracted if array.shape[axis] != 1]
+    if not set(array.padded_axes()) <= set(whole) or (array.padded_axes() and len(whole) > 1):
+        return f"it is padded along {array.padded_axes()} of its axes, of which {tuple(contracted)} are contracted"
+    return ""
 
 
 def _flat_tile(layout: _Layout, counts: tuple[int, ...]) -> int:
     """How many consecutive k share a scale, whose sizes along the axes are `counts`."""
     tile = 1
     for axis in reversed(layout.k_axes):
-        tile *= layout.shape[axis] // counts[axis]
+        tile *= layout.full_shape[axis] // counts[axis]
         if counts[axis] != 1:
             break
     return tile
@@ -301,8 +351,8 @@ def _grid(layout: _Layout) -> list[int]:
     """The number of tiles along each axis of K."""
     tile, grid = layout.tile, []
     for axis in reversed(layout.k_axes):
-        within = math.gcd(tile, layout.shape[axis])
-        grid.append(layout.shape[axis] // within)
+        within = math.gcd(tile, layout.full_shape[axis])
+        grid.append(layout.full_shape[axis] // within)
         tile //= within
     return grid[::-1]
 
@@ -318,7 +368,41 @@ def _spread(leaf: jax.Array, lead: int, layout: _Layout) -> jax.Array:
     leaf = _to_matrix(leaf, lead, layout)
     columns = [layout.shape[axis] for axis in layout.n_axes]
     leaf = qarray.broadcast_to(leaf, (*leaf.shape[:lead], *_grid(layout), *columns))
-    return leaf.reshape(*leaf.shape[:lead], layout.k // layout.tile, layout.n)
+    return leaf.reshape(*leaf.shape[:lead], layout.tiles, layout.n)
+
+
+def _explicit_mesh(values: jax.Array) -> Any:
+    """The mesh of an array, if it has axes of type Explicit, where JAX asks for the sharding of each reshape."""
+    sharding = getattr(values, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding) or isinstance(values, jax.core.Tracer):
+        return None
+    return sharding.mesh if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _sharded_alike(values: jax.Array, array: PackedQArray) -> PackedQArray:
+    """The packed array sharded as the values were, by columns, rows and leading axes.
+
+    Blocks, and tiles or multiples of 8 k, stay whole; what cannot be cut so is on every device.
+    """
+    sharding = getattr(values, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding) or not any(sharding.spec) or isinstance(values, jax.core.Tracer):
+        return array
+    spec, lead, layout = (*sharding.spec, *[None] * values.ndim)[: values.ndim], len(array.lead), array.layout
+    mesh = sharding.mesh
+    size = lambda names: math.prod(mesh.shape[n] for n in (names if isinstance(names, tuple) else (names,)))  # noqa: E731
+    columns, rows = spec[lead + layout.n_axes[0]], spec[lead + layout.k_axes[0]]
+    if columns is not None and (layout.n % COLUMNS or layout.n // COLUMNS % size(columns)):
+        columns = None
+    units = layout.tiles if layout.tiles > 1 else layout.k // 8 if layout.k % 8 == 0 else 1
+    if rows is not None and (layout.k != layout.padded_k or units % size(rows)):
+        rows = None
+
+    def put(leaf: jax.Array, rows: Any) -> jax.Array:
+        return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec[:lead], columns, rows, None)))
+
+    shared = rows if layout.tiles > 1 else None
+    zeros = None if array.zero_point is None else put(array.zero_point, shared)
+    return array.replace(qvalue=put(array.qvalue, rows), scale=put(array.scale, shared), zero_point=zeros)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -326,8 +410,9 @@ def _pack(array: QArray, lead: int, layout: _Layout) -> PackedQArray:
     format_ = format_of(array.qtype)
     assert format_ is not None
     shape = array.shape[:lead]
-    tiles, blocks = layout.k // layout.tile, -(-layout.n // COLUMNS)
-    codes = _to_matrix(_codes(array.qvalue, format_), lead, layout).reshape(*shape, tiles, layout.tile, layout.n)
+    tiles, blocks = layout.tiles, -(-layout.n // COLUMNS)
+    codes = _to_matrix(_codes(array.qvalue, format_), lead, layout).reshape(*shape, layout.k, layout.n)
+    codes = _pad(codes, -2, layout.padded_k).reshape(*shape, tiles, layout.tile, layout.n)
     codes = _pad(_pad(codes, -2, 8), -1, COLUMNS)
     halves = format_.step_k // 4
     codes = codes.reshape(*shape, tiles, -1, halves, 4, blocks, COLUMNS)
@@ -375,14 +460,14 @@ def _from_codes(codes: jax.Array, qtype: Any) -> jax.Array:
 
 
 def _unpacked_codes(codes: jax.Array, layout: _Layout, format_: Format) -> jax.Array:
-    """(..., blocks, steps, 64) -> (..., blocks, K, 16) in uint8."""
+    """(..., blocks, steps, 64) -> (..., blocks, padded K, 16) in uint8."""
     shape = codes.shape[:-2]
-    tiles = layout.k // layout.tile
+    tiles = layout.tiles
     codes = codes.reshape(*shape, tiles, -1, COLUMNS, 4).swapaxes(-1, -2)
     if format_.bits == 4:
         codes = jnp.stack([codes & 15, codes >> 4], -3)
     codes = codes.reshape(*shape, tiles, -1, COLUMNS)[..., : layout.tile, :]
-    return codes.reshape(*shape, layout.k, COLUMNS)
+    return codes.reshape(*shape, layout.padded_k, COLUMNS)
 
 
 def _join_blocks(leaf: jax.Array, n: int) -> jax.Array:
@@ -418,7 +503,8 @@ def _unpack(array: PackedQArray) -> QArray:
             leaf = jax.lax.slice_in_dim(leaf, 0, None, step, lead + i)
         return leaf.transpose(back)
 
-    qvalue = found.qvalue.reshape(*found.qvalue.shape[:lead], *sizes).transpose(back)
+    qvalue = jax.lax.slice_in_dim(found.qvalue, 0, layout.k, axis=lead)
+    qvalue = qvalue.reshape(*qvalue.shape[:lead], *sizes).transpose(back)
     scale = restore(found.scale, layout.scale_shape)
     zeros = found.zero_point
     if zeros is not None and layout.zero_point_shape is not None:
@@ -434,7 +520,7 @@ def _take_columns(array: PackedQArray, indices: Any) -> QArray:
     indices = jnp.where(indices < 0, indices + layout.n, indices)
     indices = jnp.clip(indices, 0, layout.n - 1)
     block, column = indices // COLUMNS, indices % COLUMNS
-    tiles = layout.k // layout.tile
+    tiles = layout.tiles
     codes = array.qvalue.reshape(*array.qvalue.shape[:2], COLUMNS, 4)[block, :, column]
     codes = codes.reshape(*indices.shape, tiles, -1, 4)
     if format_.bits == 4:

@@ -18,6 +18,7 @@ given to `quantize_with_scale_zero_point` is used as it is.
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -64,6 +65,9 @@ __all__ = [
 # Multiply by 1 / scale instead of dividing: faster on some hardware, and up to one step off. XLA
 # (jaxlib 0.10.2) does that by itself on the CPU where a scale is shared by several elements.
 USE_RECIPROCAL_FOR_QUANTIZATION = False
+
+# See `UnquantizedQArray`.
+QUANTIZES_ALIKE = True
 
 
 @array_structure
@@ -188,7 +192,8 @@ class QArray:
 class UnquantizedQArray(QArray):
     """A float array and how to quantize it, for an op with kernels of its own that quantizes as it computes.
 
-    To everything else it is `plain`, the quantized array. It lives within one op and is no pytree.
+    To everything else it is `plain`, the quantized array. It lives within one op and is no pytree. `module` is this
+    one, or another whose `quantize` does the same to whole tiles (`QUANTIZES_ALIKE`).
 
     >>> x = UnquantizedQArray(jnp.array([1.0, -2.0]), HowToQuantize(qtype=jnp.int8))
     >>> dequantize(x).round(1)
@@ -196,19 +201,21 @@ class UnquantizedQArray(QArray):
     """
 
     how: "HowToQuantize"
+    module: Any
 
-    def __init__(self, array: jax.Array, how: "HowToQuantize") -> None:
+    def __init__(self, array: jax.Array, how: "HowToQuantize", module: Any = None) -> None:
         for name, value in {
             "qvalue": array,
             "scale": array,
             "zero_point": None,
             "qtype": how.qtype,
             "how": how,
+            "module": module or sys.modules[__name__],
         }.items():
             object.__setattr__(self, name, value)
 
     def plain(self) -> QArray:
-        return quantize(self.qvalue, self.how)
+        return unwrap(self.module.quantize(self.qvalue, self.how))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -148,8 +148,8 @@ class _EinsumOf:  # a partial that is equal to another of the same einsum
 def _run(call: _Call, *arrays: Any) -> jax.Array:
     def run(*arrays: Any) -> jax.Array:
         quantize = call.qarray_module.quantize
-        if core_operands.own_ops(*arrays) is not None and call.qarray_module is qarray:
-            quantize = qarray.UnquantizedQArray
+        if core_operands.own_ops(*arrays) is not None and getattr(call.qarray_module, "QUANTIZES_ALIKE", False):
+            quantize = functools.partial(qarray.UnquantizedQArray, module=call.qarray_module)
         operands = [
             array if how is None else quantize(array, how) for array, how in zip(arrays, call.hows, strict=True)
         ]
