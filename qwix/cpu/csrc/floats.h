@@ -11,6 +11,18 @@ namespace {
 template <int kIndex>
 using K = std::integral_constant<int, kIndex>;
 
+// Calls fn(K<j>(), Floats) for four k of fp8. A template of the layer, which may have no `fp8_finite`.
+template <class Layer, Format kFormat, class Fn, class... Index>
+inline __attribute__((always_inline)) void each_fp8(const Bytes& v, Fn fn, Index... j) {
+  if constexpr (Layer::kFiniteFp8) {
+    if (Layer::template is_finite<kFormat>(v)) {
+      (fn(j, Layer::template fp8_finite<kFormat, j % 4 * 8>(v)), ...);
+      return;
+    }
+  }
+  (fn(j, Layer::template fp8<kFormat>(Layer::template field<j % 4 * 8, 8>(v))), ...);
+}
+
 // Calls fn(K<j>(), Floats) for each of the k of a step, k = 0, 1, ...; numbers are exact, times `unit`.
 template <Format kFormat, class Fn>
 inline __attribute__((always_inline)) void each_k(const uint8_t* codes, Fn fn) {
@@ -26,7 +38,7 @@ inline __attribute__((always_inline)) void each_k(const uint8_t* codes, Fn fn) {
   };
   auto bytes = [&](const Bytes& v, auto... j) __attribute__((always_inline)) {
     if constexpr (kFormat == kE4M3 || kFormat == kE5M2) {
-      (fn(j, Simd::template fp8<kFormat>(Simd::template field<j % 4 * 8, 8>(v))), ...);
+      each_fp8<Simd, kFormat>(v, fn, j...);
     } else {
       (fn(j, Simd::to_float(Simd::template field<j % 4 * 8, 8>(v))), ...);
     }
@@ -87,6 +99,27 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
   for (int r = 0; r < kRows; ++r) store_output(job, row + r, block, out[r]);
 }
 
+// The same of one row of nf4, on layers that have `FourK`.
+template <class Layer>
+void four_k_row(const Job& job, int64_t block) {
+  const int64_t steps = job.steps_of_tile();
+  const uint8_t* codes = job.codes + block * job.block_bytes();
+  const float* x = reinterpret_cast<const float*>(job.rows);
+  Floats out = Simd::fset(0);
+  typename Layer::FourK sums(kNF4Points);
+  for (int64_t t = 0; t < job.tiles; ++t) {
+    sums.clear();
+    for (int64_t s = 0; s < steps; ++s, codes += kStepBytes, x += 8) {
+      prefetch(codes, kStreamAhead);
+      const Bytes loaded = Simd::load_bytes(codes);
+      sums.add(Simd::low_nibbles(loaded), x);
+      sums.add(Simd::high_nibbles(loaded), x + 4);
+    }
+    out = Simd::fma(sums.total(), load_scale(job, block, t), out);
+  }
+  store_output(job, 0, block, out);
+}
+
 // Many rows: a part of the block is dequantized once, to (k, 16) floats.
 template <Format kFormat>
 void dequantize_part(const Job& job, int64_t block, const Part& part, int64_t ahead, float* panel) {
@@ -132,6 +165,12 @@ template <Format kFormat>
 void float_product(const Job& job, const Range& range, char* workspace) {
   if (job.m <= Simd::kFewRows) {
     for (int64_t block = range.block; block < range.block_end; ++block) {
+      if constexpr (kFormat == kNF4 && Simd::kFourK) {
+        if (job.m == 1) {
+          four_k_row<Simd>(job, block);
+          continue;
+        }
+      }
       with_size<Simd::kFewRows>(range.end - range.begin, [&](auto count) {
         float_rows<kFormat, decltype(count)::value>(job, block, range.begin);
       });

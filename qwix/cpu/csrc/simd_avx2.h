@@ -157,6 +157,77 @@ struct Simd {
     return {half(v.a), half(v.b)};
   }
 
+  static constexpr bool kFiniteFp8 = true;
+  template <Format kFormat>
+  static bool is_finite(Bytes v) {
+    const __m256i mask = _mm256_set1_epi8(0x7f), most = _mm256_set1_epi8(kFormat == kE4M3 ? 0x7e : 0x7b);
+    const __m256i a = _mm256_cmpgt_epi8(_mm256_and_si256(v.a, mask), most);
+    const __m256i any = _mm256_or_si256(a, _mm256_cmpgt_epi8(_mm256_and_si256(v.b, mask), most));
+    return _mm256_testz_si256(any, any);
+  }
+  // fp8 of bits [shift, shift + 8) of each column's 32, finite. Relies on denormals being honoured.
+  template <Format kFormat, int kShift>
+  static Floats fp8_finite(Bytes v) {
+    auto half = [](__m256i x) {
+      constexpr bool kE4 = kFormat == kE4M3;
+      if constexpr (kShift < 24) x = _mm256_slli_epi32(x, 24 - kShift);
+      const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(kE4 ? 0x87f00000u : 0x8fe00000u));
+      const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(x, kE4 ? 4 : 3), mask);
+      return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(kE4 ? 0x1p120f : 0x1p112f));
+    };
+    return {half(v.a), half(v.b)};
+  }
+
+  // Products of table[code] with one row: the bytes of four k of a column become the floats of four lanes, as shuffles
+  // of bytes are quicker than those of lanes. So a register has two columns, and a sum four registers of each half.
+  static constexpr bool kFourK = true;
+  struct FourK {
+    __m256i planes[4];  // the j-th bytes of the table's floats
+    __m256 sums[8];
+
+    explicit FourK(const float (&table)[16]) {
+      for (int j = 0; j < 4; ++j) {
+        alignas(16) uint8_t plane[16];
+        for (int i = 0; i < 16; ++i) {
+          uint32_t bits;
+          std::memcpy(&bits, &table[i], 4);
+          plane[i] = static_cast<uint8_t>(bits >> 8 * j);
+        }
+        planes[j] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(plane)));
+      }
+      clear();
+    }
+    void clear() {
+      for (__m256& sum : sums) sum = _mm256_setzero_ps();
+    }
+    // Adds those of four k: nibbles, a byte each, and x[0..3].
+    void add(Bytes nibbles, const float* x) {
+      const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
+      auto half = [&](__m256i v, __m256* to) __attribute__((always_inline)) {
+        const __m256i b0 = _mm256_shuffle_epi8(planes[0], v), b1 = _mm256_shuffle_epi8(planes[1], v);
+        const __m256i b2 = _mm256_shuffle_epi8(planes[2], v), b3 = _mm256_shuffle_epi8(planes[3], v);
+        const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+        const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+        auto product = [&](__m256i w, __m256& sum) __attribute__((always_inline)) {
+          sum = _mm256_fmadd_ps(_mm256_castsi256_ps(w), four, sum);
+        };
+        product(_mm256_unpacklo_epi16(low0, high0), to[0]);
+        product(_mm256_unpackhi_epi16(low0, high0), to[1]);
+        product(_mm256_unpacklo_epi16(low1, high1), to[2]);
+        product(_mm256_unpackhi_epi16(low1, high1), to[3]);
+      };
+      half(nibbles.a, sums);
+      half(nibbles.b, sums + 4);
+    }
+    Floats total() const {
+      // Registers have columns 0 4, 1 5, 2 6, 3 7, in halves of 128 bits; so the sums come out in order.
+      auto half = [](const __m256* s) {
+        return _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+      };
+      return {half(sums), half(sums + 4)};
+    }
+  };
+
   // v, in a register before anything that follows is computed: with all products of a step first, GCC 12 has not
   // registers enough, and keeps sums in memory.
   static __m256i settled(__m256i v) {

@@ -104,6 +104,9 @@ struct Simd {
     return {_mm512_mul_ps(_mm512_castsi512_ps(all), _mm512_set1_ps(kE4 ? 0x1p120f : 0x1p112f))};
   }
 
+  static constexpr bool kFiniteFp8 = false;
+  static constexpr bool kFourK = false;
+
   template <bool kFull>
   struct Dot {
     static constexpr int64_t kGroupBytes = 4;

@@ -180,6 +180,9 @@ struct Simd {
         x);
   }
 
+  static constexpr bool kFiniteFp8 = false;
+  static constexpr bool kFourK = false;
+
   // The instruction multiplies signed bytes: full codes have 128 taken off.
   template <bool kFull>
   struct Dot {

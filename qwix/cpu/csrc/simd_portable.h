@@ -177,6 +177,11 @@ struct Simd {
     });
   }
 
+  // Whether the layer has a quicker way for finite numbers: `fp8_finite`, where `is_finite` says so of all bytes.
+  static constexpr bool kFiniteFp8 = false;
+  // Whether the layer has `FourK`: the products of nf4 with one row, four k in the lanes of a column.
+  static constexpr bool kFourK = false;
+
   // Sums of products of codes and activations, for each column. kFull: codes of 8 bits, else up to 24.
   template <bool kFull>
   struct Dot {
