@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwix._src.core import qarray
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 from qwix._src.core.ragged_dot_qt import RaggedDotQtConfig, ragged_dot_qt, ragged_dot_qt_bwd, ragged_dot_qt_fwd
+from tests.core import oracle
 
 MATMUL = (((1,), (0,)), ((), ()))
 SIZES = (3, 0, 4)
@@ -82,13 +84,24 @@ def test_int8_gradients_are_near(data):
         assert 1e-4 < np.linalg.norm(found - truth) / np.linalg.norm(truth) < 0.03
 
 
-def test_static_range(data):
+@pytest.mark.parametrize("tile_size", [None, 8])
+def test_static_range(data, tile_size):
     x, w, g = data
-    config = QAT | {"lhs_collect_quant_stat": lambda c: {"absmax": jnp.full((1, 1), 1.0)}}
+    config = QAT | {"lhs_collect_quant_stat": lambda c: {"absmax": jnp.full((1, 1), 1.0)}, "tile_size": tile_size}
     out, dx, _ = run(config, x, w, g)
-    truth = run(QAT | {"lhs_calibration_method": "fixed,1"}, x, w, g)
-    np.testing.assert_allclose(out, truth[0], rtol=1e-5, atol=1e-5)
-    assert np.all((dx == 0) | (np.abs(x) <= 1)) and np.any(dx != 0)
+    scale = np.float32(1) / np.float32(127.5)
+    xq = np.clip(np.round(np.asarray(x) / scale), -128, 127).astype(np.float64) * scale
+    tiles = {} if tile_size is None else {"tiled_axes": {1: tile_size}}
+    wq = oracle.dequantize(qarray.quantize_api(w, "int8", channelwise_axes=(0, 2), **tiles))
+    wd = np.asarray(w, np.float64) if tile_size else wq  # a tiled residual is the float operand
+    start = 0
+    for i, size in enumerate(SIZES):
+        rows = slice(start, start + size)
+        np.testing.assert_allclose(out[rows], xq[rows] @ wq[i], rtol=1e-5, atol=1e-5)
+        expected = np.asarray(g[rows], np.float64) @ wd[i].T * (np.abs(x[rows]) <= 1)
+        np.testing.assert_allclose(dx[rows], expected, rtol=1e-5, atol=1e-5)
+        start += size
+    assert not np.any(dx[start:]) and not np.any(out[start:])
 
 
 def test_group_offset(data):

@@ -1,5 +1,6 @@
 """QtProvider on Linen and NNX models: which ops are quantized how, statistics, training, and the way to PTQ."""
 
+import dataclasses
 import functools
 
 import jax
@@ -67,7 +68,7 @@ def test_nnx_and_linen_run_the_op(x, bwd):
     found = nnx.to_pure_dict(nnx.grad(loss)(model, x))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, truth)
     linen = quantized(LinenMlp(), **W8A8, **bwd)
-    found = jax.grad(lambda p: (linen.apply({"params": p}, x) ** 2).sum())(params)
+    found = jax.grad(jax.jit(lambda p: (linen.apply({"params": p}, x) ** 2).sum()))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, truth)
 
 
@@ -277,7 +278,10 @@ def test_float8_and_mxfp8_train_as_float_does(x):
         before = float(((model(x) - target) ** 2).mean())
         losses[name] = float(train(model, nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)))
         assert losses[name] < 0.05 * before
-        assert abs(losses[name] - losses["float"]) < 0.01 * before
+        # An element in e4m3, of 3 bits of mantissa, is off by at most 2^-4 of itself; four quantized operands, two a
+        # layer, act on the output independently, so that it is off by at most 2 x 2^-4 of itself.
+        rounding = 2 * 2**-4 * float(jnp.sqrt((target**2).mean()))
+        assert losses[name] < (losses["float"] ** 0.5 + rounding) ** 2
 
 
 class Stack(nnx.Module):
@@ -303,6 +307,8 @@ class Stack(nnx.Module):
 @pytest.mark.parametrize("remat", [False, True])
 def test_nnx_scan_and_remat_give_the_numbers_of_the_unrolled_model(x, remat):
     stack = Stack(nnx.Rngs(0), remat)
+    # No negative numbers, whose largest lie on a tie: how XLA fuses a division would decide it.
+    x, stack.layers.kernel[...] = jnp.abs(x), jnp.abs(stack.layers.kernel[...])
     model = quantized(stack, x, bwd_qtype="int8", **W8A8)
     op_config = {f"{part}_grad_qtype": "int8" for part in ("dlhs", "drhs")} | FORMATS
     op = functools.partial(dot_general_qt, dimension_numbers=DENSE, config=DotGeneralQtConfig(**op_config))
@@ -315,8 +321,7 @@ def test_nnx_scan_and_remat_give_the_numbers_of_the_unrolled_model(x, remat):
 
     truth = jax.jit(jax.grad(unrolled))(stack.layers.kernel[...])
     found = nnx.jit(nnx.grad(loss))(model, x).layers.kernel[...]
-    # Not to the last bit: what XLA fuses differently may put an element on the other side of a tie.
-    assert np.linalg.norm(found - truth) < 5e-3 * np.linalg.norm(truth)
+    assert np.linalg.norm(found - truth) < 1e-6 * np.linalg.norm(truth)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -373,6 +378,60 @@ def test_stochastic_rounding_takes_keys_from_its_stream(x):
     first, again, second = (jax.grad(apply)(variables, seed)["params"]["up"]["kernel"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, second)
+
+
+def test_recomputing_draws_the_same_noise(x):
+    """Under nnx.remat the forward runs twice, and the gradients are those of one run."""
+    rule = W8A8 | {"bwd_qtype": "int4", "bwd_stochastic_rounding": "uniform", "channelwise_noise_axes": (0, 1)}
+    model = quantized(Mlp(nnx.Rngs(0)), x, **rule)
+
+    def gradients(call):
+        model.set_attributes(qwix_rngs=nnx.Rngs(stochastic_rounding=0))
+        loss = lambda model: (call(model, x) ** 2).sum()  # noqa: E731
+        found = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param)))(model)
+        return nnx.to_pure_dict(found), model.up.qwix_rngs.stochastic_rounding.count.get_value()
+
+    once, twice = gradients(lambda model, x: model(x)), gradients(nnx.remat(lambda model, x: model(x)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), twice, once)
+
+
+def test_every_field_of_a_rule_reaches_the_op(x, monkeypatch):
+    configs = []
+
+    def spy(lhs, rhs, dimension_numbers, config, **kwargs):
+        configs.append(config)
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers)
+
+    monkeypatch.setattr("qwix._src.core.dot_general_qt.dot_general_qt", spy)
+    rule = {
+        "weight_qtype": "int4",
+        "act_qtype": "int8",
+        "tile_size": 4,
+        "weight_calibration_method": "rms,3",
+        "act_calibration_method": "absmax,0.9",
+        "bwd_qtype": "float8_e5m2",
+        "bwd_calibration_method": "absmax,0.8",
+        "bwd_weight_grad_tile_size": 2,
+        "disable_channelwise_axes": True,
+        "bwd_stochastic_rounding": "low_bit_uniform",
+        "channelwise_noise_axes": (0, 1),
+        "additional_qt_config": {"use_original_residuals": True},
+    }
+    model = quantized(Mlp(nnx.Rngs(0)), x, **rule)
+    model.set_attributes(qwix_rngs=nnx.Rngs(stochastic_rounding=0))
+    model(x)
+    found = dataclasses.asdict(configs[-1])
+    noise = [getattr(configs[-1], f"{part}_stochastic_rounding_noise_fn") for part in ("dlhs", "drhs")]
+    assert all((fn.method, fn.channelwise_noise_axes) == ("low_bit_uniform", (0, 1)) for fn in noise)
+    assert not np.array_equal(*(jax.random.key_data(fn.key) for fn in noise))
+    expected = {"lhs_qtype": "int8", "rhs_qtype": "int4", "tile_size": 4, "use_original_residuals": True}
+    expected |= {"lhs_calibration_method": "absmax,0.9", "rhs_calibration_method": "rms,3", "drhs_tile_size": 2}
+    expected |= {f"{part}_disable_channelwise_axes": True for part in ("lhs", "rhs", "dlhs_grad", "drhs_grad")}
+    for part in ("dlhs_grad", "drhs_grad"):
+        expected |= {f"{part}_qtype": "float8_e5m2", f"{part}_calibration_method": "absmax,0.8"}
+    default = dataclasses.asdict(DotGeneralQtConfig())
+    noise_fields = {"dlhs_stochastic_rounding_noise_fn", "drhs_stochastic_rounding_noise_fn"}
+    assert {k: v for k, v in found.items() if k not in noise_fields and v != default[k]} == expected
 
 
 # ------------------------------------------------------------------ errors and reports
