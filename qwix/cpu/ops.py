@@ -298,6 +298,11 @@ def _reference(
     return out if bias is None else (out + bias).astype(product.dtype)
 
 
+# Of a convolution of floats, how many windows are cut out of the image to be rows. Of more, the copies cost more than
+# to dequantize the weight for XLA's own convolution, which makes none; that of int8 is slow, whatever its size.
+_MOST_FLOAT_WINDOWS = 512
+
+
 def conv_general_dilated(
     lhs: Any,
     rhs: Any,
@@ -330,7 +335,8 @@ def conv_general_dilated(
         and out_sharding is None
         and (not isinstance(padding, str) or set(dilation) == {1})
     )
-    if not fits:
+
+    def unpacked() -> jax.Array:
         return core_conv.conv_general_dilated(
             qarray.unwrap(lhs),
             qarray.unwrap(rhs),
@@ -345,15 +351,22 @@ def conv_general_dilated(
             preferred_element_type,
             out_sharding,
         )
+
+    if not fits:
+        return unpacked()
     spatial = [rhs.shape[axis] for axis in dims.rhs_spec[2:]]
     rhs_dilation = tuple(rhs_dilation or (1,) * len(spatial))
     order = (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1])
     mode, values, scale = _image(lhs, rhs, order)
+    extents = [(n - 1) * d + 1 for n, d in zip(spatial, rhs_dilation, strict=True)]
     if isinstance(padding, str):
-        extents = [(n - 1) * d + 1 for n, d in zip(spatial, rhs_dilation, strict=True)]
         padding = lax.padtype_to_pads(values.shape[1:-1], extents, window_strides, padding)
     amounts = [(low, high, d - 1) for (low, high), d in zip(padding, dilation, strict=True)]
     values = lax.pad(values, np.zeros((), values.dtype), [(0, 0, 0), *amounts, (0, 0, 0)])
+    places = [(n - e) // s + 1 for n, e, s in zip(values.shape[1:-1], extents, window_strides, strict=True)]
+    is_float = mode == native.FLOAT and not isinstance(lhs, QArray)
+    if is_float and math.prod(spatial) > 1 and values.shape[0] * math.prod(places) > _MOST_FLOAT_WINDOWS:
+        return unpacked()
     values = _windows(values, spatial, window_strides, rhs_dilation)
     size = len(spatial)
     batch = values.shape[: 1 + size]
@@ -365,8 +378,7 @@ def conv_general_dilated(
     values = values.reshape(math.prod(batch), rhs.layout.k)
     out = multiply(values, scale, rhs, None, _Product(mode, "", dtype))
     out = out.reshape(*batch, rhs.layout.n)
-    places = (dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1])
-    return out.transpose(np.argsort(places))
+    return out.transpose(np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1])))
 
 
 def _image(x: Any, weight: PackedQArray, order: tuple[int, ...]) -> tuple[int, jax.Array, jax.Array | None]:

@@ -155,6 +155,10 @@ def test_convolutions_that_no_kernel_does_run_on_the_unpacked_weight() -> None:
     p = packed.pack(w, (0, 1, 2))
     assert calls(lambda x: conv(x, p), image) == 0
     assert_close(conv(image, p), conv(image, w))
+    conv = functools.partial(conv, feature_group_count=1)
+    large, how = jnp.ones((1, 30, 30, 2)), HowToQuantize(qtype="int8", channelwise_axes=(0,))
+    assert calls(lambda x: conv(x, p), large) == 0  # XLA copies less
+    assert calls(lambda x: conv(qarray.quantize(x, how), p), large) == 1
 
 
 @pytest.mark.parametrize("qtype", ["int4", "int8"])
