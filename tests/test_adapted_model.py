@@ -49,8 +49,7 @@ class Model(nnx.Module):
 IDS = jnp.array([[1, 5, 9, 3], [0, 2, 2, 19]])
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("weight_qtype", [None, "nf4"])
+@pytest.mark.parametrize(("weight_qtype", "use_dora"), [(None, False), ("nf4", True)])
 def test_merged_model_computes_the_same(weight_qtype, use_dora):
     model = lora(Model(nnx.Rngs(0)), IDS, weight_qtype=weight_qtype, use_dora=use_dora)
     merged = qwix.merge_lora(model)
