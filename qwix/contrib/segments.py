@@ -228,10 +228,11 @@ def trace(call: Callable[..., Any], params: Mapping[Any, Any], inputs: Any) -> P
     variables = {path: v for path, v in variables.items() if not any(isinstance(key, _Iteration) for key in path)}
     stage_of = _stages(equations, marks, variables)
     segment_of = _segments(equations, marks, stage_of)
+    cheap = _cheap(equations, {*jaxpr.invars, *variables.values()})
     count = max(stage_of.values()) + 1
 
     def cut(again: Container[int]) -> tuple[list[Any], dict[Any, int]]:
-        parts = [_part(equations, segment_of, marks, stage_of, k, again) for k in range(count)]
+        parts = [_part(equations, segment_of, cheap, marks, stage_of, k, again) for k in range(count)]
         return parts, {v: k for k, part in enumerate(parts) for v in _reads(*part)}
 
     inputs = tuple(jaxpr.invars[len(paths) :])
@@ -476,14 +477,29 @@ def _segments(equations: Sequence[Any], marks: Sequence[Mark], stage_of: Mapping
     return result[::-1]
 
 
-# What makes large values of little ones is done anew in each segment, as the masks of attention that all layers share:
-# carried along, such a value would be in memory once for each batch.
+# Primitives that make large values of little ones.
 _EXPANDING = {"broadcast_in_dim", "iota"}
+
+
+def _cheap(equations: Sequence[Any], given: Container[Any]) -> list[bool]:
+    """Which equations each segment does anew: carried along, their values would be in memory once for each batch.
+
+    They make large values of little ones, as the masks of attention that all layers share, or do not depend on what is
+    `given` (inputs, parameters), as rotary embeddings.
+    """
+    depends: set[Any] = set()
+    result = []
+    for equation in equations:
+        found = any(isinstance(v, _core.Var) and (v in depends or v in given) for v in equation.invars)
+        depends.update(equation.outvars if found else ())
+        result.append(not equation.effects and (not found or equation.primitive.name in _EXPANDING))
+    return result
 
 
 def _part(
     equations: Sequence[Any],
     segment_of: Sequence[int | None],
+    cheap: Sequence[bool],
     marks: Sequence[Mark],
     stage_of: Mapping[Path, int],
     k: int,
@@ -493,10 +509,9 @@ def _part(
     mine = tuple(mark for mark in marks if stage_of[mark.path] == k)
     wanted = {v for mark in mine for v in mark.variables}
     found = []
-    for equation, segment in zip(reversed(equations), reversed(segment_of), strict=True):
-        expanding = equation.primitive.name in _EXPANDING
-        anew = (expanding or (segment == k - 1 and k - 1 in again)) and not wanted.isdisjoint(equation.outvars)
-        if anew or (segment == k and not expanding):
+    for equation, segment, is_cheap in reversed(list(zip(equations, segment_of, cheap, strict=True))):
+        anew = (is_cheap or (segment == k - 1 and k - 1 in again)) and not wanted.isdisjoint(equation.outvars)
+        if anew or (segment == k and not is_cheap):
             found.append(equation)
             wanted.update(v for v in equation.invars if isinstance(v, _core.Var))
     return tuple(reversed(found)), mine

@@ -115,6 +115,18 @@ def test_what_is_wide_runs_again_and_nothing_else():
     assert [len(segment.outputs) for segment in plan.segments] == [0, 0, 1, 0, 1, 0]
 
 
+class Turned(Net):
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x * jnp.cos(jnp.arange(8.0)))
+        return x
+
+
+def test_what_no_input_changes_is_not_carried():
+    plan = plan_of(Turned(), normal(16, 8))
+    assert {v.aval.shape for segment in plan.segments for v in segment.outputs} == {(16, 8)}
+
+
 def test_statistics_are_sharded_like_their_weight():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     model = Net()
