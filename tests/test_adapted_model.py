@@ -128,6 +128,13 @@ def test_linen(weight_qtype):
     assert merged["dense"]["kernel"].names == ("a", "b")
     assert merged["split"]["kernel"].shape == (12, 4, 5)
     close(Block().apply({"params": merged}, x), model.apply(variables, x))
+    if weight_qtype is not None:
+        quantized = qwix.merge_lora(model, variables["params"], requantize=True)
+        assert quantized["dense"]["kernel"].array.qvalue.names == ("a", "b")
+        ptq = qwix.quantize_model(Block(), qwix.PtqProvider([qwix.QuantizationRule(weight_qtype=weight_qtype)]))
+        expected = np.asarray(model.apply(variables, x))
+        error = np.linalg.norm(ptq.apply({"params": quantized}, x) - expected)
+        assert 0 < error < 0.02 * np.linalg.norm(expected)
     alone = qwix.lora_params(variables["params"])
     assert set(alone) == {"join", "split", "dense"} and set(alone["join"]) == {"kernel_lora_a", "kernel_lora_b"}
     with pytest.raises(ValueError, match="needs params"):

@@ -370,23 +370,24 @@ def merge_lora(model: Any, params: Any | None = None, *, requantize: bool = Fals
     Args:
       model: an NNX or Linen model with adapters; left alone.
       params: Linen only, and needed there: its parameters.
-      requantize: NNX only. Quantize those weights again that are quantized now, in the same way: the result is a model
-        under a `PtqProvider`, and differs by the error of the format. The base lies on the grid of its format, so that
-        a change of less than half a step is rounded away: in 4 bits that may be most of it, see `docs/lora.md`.
+      requantize: quantize those weights again that are quantized now, in the same way: the result is a model under a
+        `PtqProvider`, in Linen the parameters of one with the same rules, and differs by the error of the format. The
+        base lies on the grid of its format, so that a change of less than half a step is rounded away: in 4 bits that
+        may be most of it, see `docs/lora.md`.
         Otherwise every weight becomes float.
 
     Returns:
       NNX: the model; a float one is of the class that it had before `apply_lora_to_model`. Linen: the parameters of
-      that float model.
+      that model.
 
     Raises:
       ValueError: a weight cannot hold its change: a convolution's kernel of several groups, or a table with an adapter
         for the logits but none for lookups; a Linen model has not run yet.
     """
     if isinstance(model, nn.Module):
-        if params is None or requantize:
-            raise ValueError("merge_lora of a Linen model needs params, and gives float parameters only")
-        return _merge_linen(model, params)
+        if params is None:
+            raise ValueError("merge_lora of a Linen model needs params, and returns them without adapters")
+        return _merge_linen(model, params, requantize)
     merged = nnx.clone(model)
     for path, owner, name, weight in list(adapters.adapted_weights(merged)):
         keys = (*path, *weight.keys)
@@ -481,7 +482,7 @@ def _linen_weights(model: nn.Module, flat: Mapping[tuple[Any, ...], Any]) -> dic
     return result
 
 
-def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
+def _merge_linen(model: nn.Module, params: Any, requantize: bool) -> dict[str, Any]:
     flat = dict(ptq.flatten(params))
     weights = _linen_weights(model, flat)
     result: dict[tuple[Any, ...], Any] = {}
@@ -489,8 +490,8 @@ def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
         if re.search(r"_lora_[abm]$", str(keys[-1])):
             continue
         if keys not in weights:
-            is_quantized = isinstance(flax_util.unbox(boxed), WithAux)
-            result[keys] = _linen_float(boxed, _float_of(boxed)) if is_quantized else boxed
+            becomes_float = isinstance(flax_util.unbox(boxed), WithAux) and not requantize
+            result[keys] = _linen_float(boxed, _float_of(boxed)) if becomes_float else boxed
             continue
         weight = weights[keys]
         _check_mergeable(weight, "/".join(map(str, keys)))
@@ -498,7 +499,11 @@ def _merge_linen(model: nn.Module, params: Any) -> dict[str, Any]:
         names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "abm"}
         values = {part: flax_util.unbox(flat[name]) for part, name in names.items() if name in flat}
         out = weight.merged(value, {DEFAULT: values}).astype(value.dtype)
-        result[keys] = _linen_float(boxed, out)
+        if isinstance(boxed, WithAux) and requantize:
+            array = qarray.quantize(out, ptq.how_of(flax_util.unbox(boxed)))
+            result[keys] = _reboxed(boxed, boxed.replace(array=array))
+        else:
+            result[keys] = _linen_float(boxed, out)
     return nnx.traversals.unflatten_mapping(result)
 
 
