@@ -229,7 +229,7 @@ def _supported(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def multiply(
+def _multiply(
     x: jax.Array, scale: jax.Array | None, weight: PackedQArray, bias: jax.Array | None, product: Any
 ) -> jax.Array:
     """(M, K) times a packed (leads, K, N), and a bias (leads * N,): (M, leads * N)."""
@@ -248,13 +248,17 @@ def multiply(
     )
 
 
-@multiply.defjvp
+@_multiply.defjvp
 def _no_gradient(product: Any, primals: Any, tangents: Any) -> Any:
     del product, primals, tangents
     raise NotImplementedError(
         "A weight packed for inference (qwix.optimize_for_inference) has no gradients, neither of it nor through it: "
         "differentiate the model before it is packed, or qwix.cpu.restore(model)."
     )
+
+
+# Traced and lowered once for products of equal shapes, such as those of a model's layers.
+multiply = jax.jit(_multiply, static_argnums=4)
 
 
 def _native(
@@ -274,7 +278,17 @@ def _native(
     )
     zeros = None if weight.zero_point is None else merge(weight.zero_point)
     out = partition.matmul(call, x, scale, merge(weight.qvalue), merge(weight.scale), zeros, bias)
+    # Within `jax.shard_map`, the result of a custom call does not know by itself which mesh axes it varies over.
+    varying = frozenset().union(*map(_varying_axes, jax.tree.leaves((x, scale, weight, bias))))
+    missing = tuple(sorted(varying - _varying_axes(out)))
+    out = lax.pcast(out, missing, to="varying") if missing else out
     return out.astype(product.dtype)
+
+
+def _varying_axes(x: jax.Array) -> frozenset:
+    """The manual mesh axes over which an array varies."""
+    aval: Any = jax.typeof(x)
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # jax 0.10 and 0.9
 
 
 def _reference(

@@ -184,7 +184,8 @@ def test_within_shard_map() -> None:
     w = qarray.quantize(jnp.eye(32), qarray.HowToQuantize(qtype="int8", channelwise_axes=(1,)))
     x, p = jnp.arange(16.0 * 32).reshape(16, 32), packed.pack(w)
     product = jax.shard_map(lambda x: cpu.matmul(x, p), mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d"))
-    np.testing.assert_allclose(product(x), x @ qarray.dequantize(w), rtol=1e-5)
+    for function in (product, jax.jit(product)):
+        np.testing.assert_allclose(function(x), x @ qarray.dequantize(w), rtol=1e-5)
 
 
 def test_axes_of_type_explicit() -> None:
