@@ -69,9 +69,12 @@ Vector add(Vector sum, Vector x, Vector y) {
 void multiply(int) {
   Vector sums[kSums], x = zero(), y = zero();
   for (Vector& sum : sums) sum = zero();
+  QWIX_KEEP(y);
   for (int64_t i = 0; i < kRounds; ++i) {
-    QWIX_KEEP(x);  // or the product would be computed once
-    for (Vector& sum : sums) sum = add(sum, x, y);
+    for (Vector& sum : sums) {
+      QWIX_KEEP(x);  // or the product would be computed once
+      sum = add(sum, x, y);
+    }
   }
   for (Vector& sum : sums) QWIX_KEEP(sum);
 }

@@ -174,10 +174,11 @@ def test_both_ways_to_write_the_base_of_rope():
 def test_weights_are_quantized_one_by_one(weights, tmp_path):
     """The model is that of `apply_recipe`, and nothing of it is left in float but what it holds."""
     path = llama_files.write_gguf(tmp_path / "m.gguf", weights)
-    before = {id(array) for array in jax.live_arrays()}
+    before = jax.live_arrays()  # alive while this list is, so that no new array has the id of one of them
     model = llama_weights.load(path, get_recipe("int4-g32"))
     gc.collect()
-    alive = [array for array in jax.live_arrays() if id(array) not in before]
+    known = {id(array) for array in before}
+    alive = [array for array in jax.live_arrays() if id(array) not in known]
     leaves = jax.tree.leaves(nnx.state(model))
     assert sum(array.nbytes for array in alive) == sum(leaf.nbytes for leaf in leaves)
     assert sum(leaf.nbytes for leaf in leaves if leaf.dtype == jnp.int4) > 60_000
