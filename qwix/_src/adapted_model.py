@@ -482,6 +482,17 @@ def _linen_weights(model: nn.Module, flat: Mapping[tuple[Any, ...], Any]) -> dic
     return result
 
 
+def linen_adapters(
+    model: nn.Module, params: Any
+) -> Iterator[tuple[tuple[Any, ...], str, AdaptedWeight, Adapter, dict[str, Any]]]:
+    """The adapters in the parameters of a Linen model: module, name of the weight, what they mean, their arrays."""
+    flat = dict(ptq.flatten(params))
+    for keys, weight in _linen_weights(model, flat).items():
+        names = {part: (*keys[:-1], f"{keys[-1]}_lora_{part}") for part in "abm"}
+        values = {part: flax_util.unbox(flat[name]) for part, name in names.items() if name in flat}
+        yield keys[:-1], str(keys[-1]), weight, weight.adapters[0], values
+
+
 def _merge_linen(model: nn.Module, params: Any, requantize: bool) -> dict[str, Any]:
     flat = dict(ptq.flatten(params))
     weights = _linen_weights(model, flat)

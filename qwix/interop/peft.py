@@ -19,6 +19,8 @@ these flattened. What the module is called there is said by a function, `rename`
 >>> sorted(safetensors.read_tensors(directory / 'adapter_model.safetensors'))[0]
 'base_model.model.layers.0.lora_A.weight'
 >>> load(model, directory, 'saved')
+
+Of a Linen model the parameters are given too, and `load` returns the adapter, as `qwix.set_adapter` takes it.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
 from qwix._src import adapted_model
 from qwix._src.providers import adapters
-from qwix._src.providers.adapters import AdaptedWeight
+from qwix._src.providers.adapters import AdaptedWeight, Adapter
 from qwix._src.utils import flax_util
 from qwix.interop import safetensors
 from qwix.interop.safetensors import CheckpointError
@@ -68,20 +71,22 @@ def hugging_face_llama(path: Path) -> str:
 
 
 def save(
-    model: nnx.Module,
+    model: nnx.Module | nn.Module,
     directory: str | os.PathLike[str],
     adapter: str = adapters.DEFAULT,
     *,
+    params: Any | None = None,
     rename: Callable[[Path], str] = dotted,
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> None:
-    """Writes an adapter of an NNX model as a directory that `peft.PeftModel.from_pretrained` reads.
+    """Writes an adapter of a model as a directory that `peft.PeftModel.from_pretrained` reads.
 
     Args:
-      model: the model.
+      model: the NNX model, or a Linen one that has run (maybe in `jax.eval_shape`).
       directory: is created if it is not there.
-      adapter: name of the adapter.
+      adapter: name of the adapter; of a Linen model the one that is in `params`.
+      params: Linen only: the parameters, with the adapter.
       rename: path of one of our modules -> its name in the other model.
       base_model: name or path of the other model, for `adapter_config.json`.
       task_type: likewise, such as 'CAUSAL_LM'.
@@ -95,24 +100,21 @@ def save(
     alphas: dict[str, float] = {}
     use_dora: set[bool] = set()
     dropouts: set[float] = set()
-    for path, owner, name, weight in _weights(model, adapter):
-        this = weight.adapter(adapter)
-        assert this is not None
+    for path, name, weight, this, values in _adapters(model, adapter, params):
         module = rename(path)
-        values = {part: flax_util.unbox(getattr(owner, this.attribute(name, part))) for part in this.parts}
         form = _Form.of(weight, values["a"].ndim, "/".join(map(str, (*path, name))))
         for part, value in values.items():
             key = _PREFIX + module + form.suffix(part)
             if key in tensors:
                 raise ValueError(f"two weights would be saved as {key}: make `rename` tell them apart")
             tensors[key] = form.to_peft(part, np.asarray(value))
-        ranks[module], alphas[module] = this.rank, this.scaling * this.rank
+        rank = values["a"].shape[-1]
+        ranks[module], alphas[module] = rank, this.scaling * rank
         use_dora.add(this.use_dora)
         dropouts.add(this.dropout)
     if not ranks:
-        raise ValueError(
-            f"{type(model).__name__} has no adapter {adapter!r}; it has {adapted_model.adapter_names(model)}"
-        )
+        there = adapted_model.adapter_names(model) if isinstance(model, nnx.Module) else "none in params"
+        raise ValueError(f"{type(model).__name__} has no adapter {adapter!r}; it has {there}")
     if len(use_dora) > 1:
         raise ValueError("a directory of peft holds an adapter with DoRA or one without, not both")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -144,19 +146,26 @@ def _anchored(module: str) -> str:
 
 
 def load(
-    model: nnx.Module,
+    model: nnx.Module | nn.Module,
     directory: str | os.PathLike[str],
-    adapter: str,
+    adapter: str = adapters.DEFAULT,
     *,
+    params: Any | None = None,
     rename: Callable[[Path], str] = dotted,
-) -> None:
-    """Puts an adapter that `save` or `peft` wrote into an NNX model, in place; `qwix.set_adapter` makes it act.
+) -> Any:
+    """Reads an adapter that `save` or `peft` wrote; `qwix.set_adapter` makes it act.
 
     Args:
-      model: a model with adapters, which says where they can be: apply LoRA with rules that match the weights first.
+      model: a model with adapters, which says where they can be: apply LoRA with rules that match the weights first. A
+        Linen model must have run (maybe in `jax.eval_shape`).
       directory: with `adapter_config.json` and `adapter_model.safetensors`.
-      adapter: the name that it gets.
+      adapter: the name that it gets in an NNX model.
+      params: Linen only: the parameters, which are not changed.
       rename: as in `save`.
+
+    Returns:
+      NNX: None, the model has the adapter. Linen: its parameters, as `qwix.lora_params` takes them out; B holds what
+      alpha / rank of the file differs from that of the model.
 
     Raises:
       CheckpointError: a file is missing or is no adapter of `peft`, or has a tensor that the model has no place for.
@@ -165,27 +174,30 @@ def load(
     directory = pathlib.Path(directory)
     config = _read_config(directory / _CONFIG)
     tensors = safetensors.read_tensors(directory / _WEIGHTS)
-    params: dict[Path, Any] = {}
+    found: dict[Path, Any] = {}
     scalings: dict[tuple[Path, str], float] = {}
-    for path, owner, name, weight in _weights(model, None):
-        like = weight.adapters[0]
-        ndim = flax_util.unbox(getattr(owner, like.attribute(name, "a"))).ndim
+    for path, name, weight, like, values in _adapters(model, None, params):
         module = rename(path)
-        form = _Form.of(weight, ndim, "/".join(map(str, (*path, name))))
+        form = _Form.of(weight, values["a"].ndim, "/".join(map(str, (*path, name))))
         for part in "abm":
             tensor = tensors.pop(_PREFIX + module + form.suffix(part), None)
             if tensor is not None:
-                params[(*path, f"{name}_lora_{part}")] = jnp.asarray(form.from_peft(part, tensor))
+                found[(*path, f"{name}_lora_{part}")] = jnp.asarray(form.from_peft(part, tensor))
                 if part == "a":
                     rank = tensor.shape[0]
                     alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
                     scalings[path, name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if isinstance(model, nn.Module) and (path, name) in scalings:
+            found[(*path, f"{name}_lora_b")] *= scalings[path, name] / like.scaling
     if tensors:
         raise CheckpointError(
             f"{directory / _WEIGHTS}: the model has no adapter where {min(tensors)} belongs ({len(tensors)} such "
             "tensors): apply LoRA with rules that match these weights, or pass another `rename`"
         )
-    adapted_model.add_adapter(model, adapter, _nested(params), scalings=scalings)
+    if isinstance(model, nn.Module):
+        return _nested(found)
+    adapted_model.add_adapter(model, adapter, _nested(found), scalings=scalings)
+    return None
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -216,10 +228,24 @@ def _nested(flat: dict[Path, Any]) -> dict[Any, Any]:
     return result
 
 
-def _weights(model: nnx.Module, adapter: str | None) -> Iterator[tuple[Path, Any, str, AdaptedWeight]]:
-    for path, owner, name, weight in adapters.adapted_weights(model):
-        if adapter is None or weight.adapter(adapter) is not None:
-            yield path, owner, name, weight
+def _adapters(
+    model: nnx.Module | nn.Module, name: str | None, params: Any | None
+) -> Iterator[tuple[Path, str, AdaptedWeight, Adapter, dict[str, Any]]]:
+    """Module, attribute, and what is known of each weight with an adapter of that name (or any), and its arrays."""
+    if isinstance(model, nn.Module):
+        if params is None:
+            raise ValueError("a Linen model does not hold its adapters: params is needed, the model's parameters")
+        if name:
+            raise ValueError(f"the adapter in the params of a Linen model has no name, not {name!r}")
+        yield from adapted_model.linen_adapters(model, params)
+        return
+    if params is not None:
+        raise ValueError("an NNX model holds its adapters itself: leave out params")
+    for path, owner, attribute, weight in adapters.adapted_weights(model):
+        this = weight.adapters[0] if name is None else weight.adapter(name)
+        if this is not None:
+            values = {part: flax_util.unbox(getattr(owner, this.attribute(attribute, part))) for part in this.parts}
+            yield path, attribute, weight, this, values
 
 
 class _Form:

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import qwix
@@ -109,3 +111,51 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not the configuration"):
         peft.load(linear, tmp_path, "x")
+
+
+class Mixer(nn.Module):
+    """An embedding and two layers, one of which has a kernel of three axes."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(7, 6, name="embed")(ids)
+        x = nn.DenseGeneral((2, 4), name="split")(x)
+        return nn.Dense(3, name="out")(x.reshape(*x.shape[:-2], 8))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_linen(use_dora, tmp_path):
+    ids = jnp.array([[1, 4, 2]])
+    provider = qwix.LoraProvider(rank=2, alpha=3.0, use_dora=use_dora)
+    if not use_dora:
+        provider = qwix.LoraProvider([qwix.LoraRule(rank=2, alpha=3.0, op_names=("dot_general", "einsum", "take"))])
+    model = qwix.apply_lora_to_model(Mixer(), provider)
+    key = jax.random.key(0)
+    params = qwix.init_lora_params(model, Mixer().init(key, ids)["params"], key, ids)
+    adapter = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), qwix.lora_params(params))
+    params = qwix.set_adapter(model, "cosine", params, {"cosine": adapter})
+    peft.save(model, tmp_path, params=params)
+    tensors = read_tensors(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors["base_model.model.out.lora_A.weight"], adapter["out"]["kernel_lora_a"].T)
+    split = tensors["base_model.model.split.lora_B.weight"]
+    np.testing.assert_array_equal(split, adapter["split"]["kernel_lora_b"].reshape(2, 8).T)
+    assert ("base_model.model.embed.lora_embedding_A" in tensors) != use_dora
+    loaded = peft.load(model, tmp_path, params=params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+    # Another scaling than that of the model is in B.
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 6.0}))
+    twice = peft.load(model, tmp_path, params=params)
+    np.testing.assert_allclose(twice["out"]["kernel_lora_b"], 2 * adapter["out"]["kernel_lora_b"])
+    np.testing.assert_array_equal(twice["out"]["kernel_lora_a"], adapter["out"]["kernel_lora_a"])
+
+
+def test_a_linen_model_needs_its_parameters(tmp_path):
+    model = qwix.apply_lora_to_model(nn.Dense(3), qwix.LoraProvider(rank=1, alpha=1.0))
+    params = model.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    with pytest.raises(ValueError, match="params is needed"):
+        peft.save(model, tmp_path)
+    with pytest.raises(ValueError, match="has no name, not 'french'"):
+        peft.save(model, tmp_path, "french", params=params)
+    with pytest.raises(ValueError, match="has no adapter ''; it has none in params"):
+        peft.save(model, tmp_path, params={"kernel": params["kernel"]})
