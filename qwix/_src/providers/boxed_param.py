@@ -234,7 +234,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
 
         Args:
           operands: arrays, `nnx.Variable`s or `WithAux`s.
-          get_how: (index of the operand, qtype=, calibration_method=) -> HowToQuantize.
+          get_how: (index of the operand, tile_size=, qtype=, calibration_method=) -> HowToQuantize.
           rule: what matched.
           op_id: see `_get_current_rule_and_op_id`.
         """
@@ -284,6 +284,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
             with _named(path, op_id):
                 how = get_how(
                     index,
+                    tile_size=rule.tile_size,
                     qtype=rule.weight_qtype,
                     calibration_method=rule.weight_calibration_method,
                 )
@@ -292,7 +293,12 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         if rule.act_qtype is None:
             return operand, ""
         with _named("/".join(map(str, flax_util.get_current_module_path())), op_id):
-            how = get_how(index, qtype=rule.act_qtype, calibration_method=rule.act_calibration_method)
+            how = get_how(
+                index,
+                tile_size=rule.tile_size,
+                qtype=rule.act_qtype,
+                calibration_method=rule.act_calibration_method,
+            )
             if not rule.act_static_scale:
                 self._qarray_module.get_scale_shape(operand.shape, how)  # raises where a tile does not divide
                 return _ToQuantize(operand, how), ""
@@ -320,7 +326,6 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
                 dimension_numbers=dimension_numbers,
                 ndims=(lhs.ndim, rhs.ndim),
                 for_lhs=index == 0,
-                tile_size=rule.tile_size,  # type: ignore[union-attr]
                 **kwargs,
             )
 
@@ -364,7 +369,6 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
                 einsum_str=binary,
                 ndims=ndims,
                 for_lhs=True,
-                tile_size=rule.tile_size,  # type: ignore[union-attr]
                 **kwargs,
             )
 
@@ -403,8 +407,8 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         rule, op_id = self._get_current_rule_and_op_id("conv_general_dilated")
         numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
 
-        def get_how(index: int, **kwargs) -> qarray.HowToQuantize:
-            if rule.tile_size:  # type: ignore[union-attr]
+        def get_how(index: int, tile_size: int | float | None, **kwargs) -> qarray.HowToQuantize:
+            if tile_size:
                 raise ValueError("tile_size is not supported for a convolution: leave it out of its rule")
             return conv_general.get_how_to_quantize(dimension_numbers=numbers, for_lhs=index == 0, **kwargs)
 

@@ -56,8 +56,8 @@ class PtqProvider(boxed_param.BoxedParamProvider):
         """`jax.lax.ragged_dot`, quantized as the rule says: each expert has scales of its own, and each row."""
         rule, op_id = self._get_current_rule_and_op_id("ragged_dot")
 
-        def get_how(index: int, **kwargs: Any) -> qarray.HowToQuantize:
-            tiled = {1: rule.tile_size} if rule.tile_size else {}  # type: ignore[union-attr]
+        def get_how(index: int, tile_size: int | float | None, **kwargs: Any) -> qarray.HowToQuantize:
+            tiled = {1: tile_size} if tile_size else {}
             return qarray.HowToQuantize(channelwise_axes=(0, 2) if index else (0,), tiled_axes=tiled, **kwargs)
 
         operands = self._quantize_operands([lhs, rhs], get_how, rule, op_id)
