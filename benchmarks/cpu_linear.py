@@ -84,8 +84,8 @@ def cache_bytes() -> int:
 
 
 def copies_of(nbytes: int) -> int:
-    """How many weights of that size do not fit the last-level cache together."""
-    return max(2, -(-2 * cache_bytes() // nbytes))
+    """How many weights of that size do not fit the last-level cache together (or have 256 MiB, where it is huge)."""
+    return max(2, -(-min(2 * cache_bytes(), 256 * 1024**2) // nbytes))
 
 
 class Ours:

@@ -25,10 +25,12 @@ FLAGS = ("-std=c++17", "-fPIC", "-Wall", "-Wextra")
 # The files for one instruction set each: what they are compiled with. A compiler that does not know a flag leaves
 # its file out.
 _AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 _X86: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx_vnni": (*_AVX2, "-mavxvnni"),
-    "avx512_vnni": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
+    "avx512_vnni": _AVX512,
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 _ARM: dict[str, tuple[str, ...]] = {"neon_dotprod": ("-O3", "-march=armv8.2-a+dotprod")}
 # SIMDe (https://github.com/simd-everywhere/simde) has intrinsics of all of them as plain functions.
@@ -127,7 +129,8 @@ def _runnable() -> frozenset[str] | None:
         words = frozenset(pathlib.Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return None
-    return (words & {*_X86}) | ({"neon_dotprod"} if "asimddp" in words else set())
+    named_otherwise = {"amx": "amx_bf16", "neon_dotprod": "asimddp"}
+    return frozenset(name for name in {**_X86, **_ARM} if named_otherwise.get(name, name) in words)
 
 
 def _accepts(compiler: list[str], flags: tuple[str, ...], scratch: pathlib.Path) -> bool:

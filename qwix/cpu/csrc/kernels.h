@@ -12,6 +12,24 @@
 namespace qwix {
 namespace {
 
+int64_t row_bytes(const Job& job) {
+  if (job.integer() && is_full(job.format) && FullDot::kSaturates) return Limited<FullDot>::row_bytes(job.padded_k());
+  return job.padded_k() * (job.integer() ? 1 : static_cast<int64_t>(sizeof(float)));
+}
+
+void prepare(const Job& job, int64_t begin, int64_t end) {
+  each_group(job, begin, end, [&](int64_t first, int64_t rows) {
+    if (!job.integer()) {
+      float* out = reinterpret_cast<float*>(job.rows + first * job.row_stride);
+      for (int64_t r = 0; r < rows; ++r) prepare_floats(job, first + r, out + r, rows);
+    } else if (is_full(job.format)) {
+      prepare_group<FullDot>(job, first, rows);
+    } else {
+      prepare_group<Simd::Dot<false>>(job, first, rows);
+    }
+  });
+}
+
 template <Format kFormat>
 void multiply_format(const Job& job, const Range& range, char* workspace) {
   if constexpr (is_integer(kFormat)) {

@@ -4,6 +4,10 @@
 
 #if defined(QWIX_X86)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(QWIX_ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -14,6 +18,7 @@ namespace {
 #if defined(QWIX_EMULATED)
 
 // Kernels on emulated instructions run anywhere.
+[[maybe_unused]] bool has_amx() { return true; }
 [[maybe_unused]] bool has_avx512_vnni() { return true; }
 [[maybe_unused]] bool has_avx_vnni() { return true; }
 [[maybe_unused]] bool has_avx2() { return true; }
@@ -22,7 +27,7 @@ namespace {
 #elif defined(QWIX_X86)
 
 // Bits of XCR0: the registers that the system saves.
-constexpr unsigned kYmm = 0x06, kZmm = 0xe6;
+constexpr unsigned kYmm = 0x06, kZmm = 0xe6, kTiles = 0x60000;
 
 bool saves(unsigned mask) {
   unsigned low, high;
@@ -45,6 +50,19 @@ bool saves(unsigned mask) {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && saves(kZmm);
 }
 
+// Linux gives a process tile registers when it asks for them.
+[[maybe_unused]] bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBF16 | kTile | kInt8;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return has_avx512_vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && saves(kTiles) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 #elif defined(QWIX_ARM)
 
 [[maybe_unused]] bool has_neon_dotprod() {
@@ -64,6 +82,9 @@ const Kernels* const* supported_kernels() {
   static const Kernels* list[8] = {};
   static const bool filled = [] {
     const Kernels** next = list;
+#if defined(QWIX_AMX)
+    if (has_amx()) *next++ = &amx_kernels();
+#endif
 #if defined(QWIX_AVX512_VNNI)
     if (has_avx512_vnni()) *next++ = &avx512_vnni_kernels();
 #endif

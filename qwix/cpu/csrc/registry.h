@@ -8,6 +8,7 @@
 namespace qwix {
 
 // build.py defines the names of those that are compiled.
+const Kernels& amx_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx_vnni_kernels();
 const Kernels& avx2_kernels();

@@ -148,8 +148,9 @@ float dynamic_scale(const Job& job, float absmax) {
   return is_bf16 ? to_f32(to_bf16(scale)) : scale;
 }
 
-// Codes of a row of a group, to out, out + stride, ...: four k each.
-void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
+// Quantizes a row, and has put(tile, k of it, Ints) write 16 codes at a time, `padded` of each tile.
+template <class Fn>
+void quantize_row(const Job& job, int64_t row, int64_t padded, Fn put) {
   for (int64_t t = 0; t < job.tiles; ++t) {
     const int64_t k = t * job.tile;
     float scale, inverse = 0;
@@ -161,7 +162,7 @@ void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
       scale = job.x_scale[row * job.x_tiles + (job.x_tiles == 1 ? 0 : t)];
     }
     Ints sum = Simd::iset(0);
-    for (int64_t i = 0; i < job.padded_tile; i += 16) {
+    for (int64_t i = 0; i < padded; i += 16) {
       const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
       Ints codes;
       if (job.mode == Mode::kDynamic && inverse == 0) {
@@ -175,14 +176,21 @@ void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
         codes = Simd::iload_s8(given);
       }
       sum = Simd::iadd(sum, codes);
-      char four[16];
-      Simd::store_codes(four, codes);
-      const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
-      for (int64_t j = 0; j < left; j += 4, out += stride) std::memcpy(out, four + j, 4);
+      put(t, i, codes);
     }
     job.row_scale[row * job.tiles + t] = scale;
     job.row_sum[row * job.tiles + t] = total(sum);
   }
+}
+
+// Codes of a row of a group, to out, out + stride, ...: four k each.
+void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
+  quantize_row(job, row, job.padded_tile, [&](int64_t, int64_t i, Ints codes) {
+    char four[16];
+    Simd::store_codes(four, codes);
+    const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
+    for (int64_t j = 0; j < left; j += 4, out += stride) std::memcpy(out, four + j, 4);
+  });
 }
 
 // Floats of a row of a group, to out, out + stride, ...
@@ -287,30 +295,12 @@ struct Limited {
   }
 };
 
-int64_t row_bytes(const Job& job) {
-  if (job.integer() && is_full(job.format) && FullDot::kSaturates) return Limited<FullDot>::row_bytes(job.padded_k());
-  return job.padded_k() * (job.integer() ? 1 : static_cast<int64_t>(sizeof(float)));
-}
-
 template <class Dot>
 void prepare_group(const Job& job, int64_t first, int64_t rows) {
   char* out = job.rows + first * job.row_stride;
   if constexpr (Dot::kSaturates) out = Limited<Dot>(job, first, rows).codes();
   for (int64_t r = 0; r < rows; ++r) prepare_codes(job, first + r, out + 4 * r, 4 * rows);
   if constexpr (Dot::kSaturates) Limited<Dot>(job, first, rows).limit();
-}
-
-void prepare(const Job& job, int64_t begin, int64_t end) {
-  each_group(job, begin, end, [&](int64_t first, int64_t rows) {
-    if (!job.integer()) {
-      float* out = reinterpret_cast<float*>(job.rows + first * job.row_stride);
-      for (int64_t r = 0; r < rows; ++r) prepare_floats(job, first + r, out + r, rows);
-    } else if (is_full(job.format)) {
-      prepare_group<FullDot>(job, first, rows);
-    } else {
-      prepare_group<Simd::Dot<false>>(job, first, rows);
-    }
-  });
 }
 
 // ------------------------------------------------------------------------------------------- the output

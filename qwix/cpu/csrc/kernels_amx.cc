@@ -1,0 +1,16 @@
+#include "simd_avx512_vnni.h"
+// The layer comes first.
+#include "rows.h"
+// Rows come before the rest.
+#include "floats.h"
+#include "registry.h"
+#include "tiles.h"
+
+namespace qwix {
+const Kernels& amx_kernels() {
+  static const Kernels& few = avx512_vnni_kernels();  // for few rows, and attention
+  static const Kernels kernels = {"amx", most_rows_or_tiles, row_bytes_or_tiles, prepare_or_tiles, multiply_or_tiles,
+                                  few.attend, few.merge};
+  return kernels;
+}
+}  // namespace qwix
