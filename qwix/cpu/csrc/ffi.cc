@@ -78,10 +78,13 @@ void run(Job& job, const Kernels& kernels, ffi::ThreadPool& pool, int64_t worker
   // products, take some microseconds.
   const int64_t cost = std::max(job.block_bytes(), job.block_bytes() * std::min(job.m, kRowsOfItem) / 8);
   int64_t blocks = std::clamp<int64_t>(32768 / std::max<int64_t>(1, cost), 1, all_blocks);
-  if (workers > 1) blocks = std::clamp<int64_t>(all_blocks / (8 * workers), blocks, std::max<int64_t>(blocks, 64));
-  const int64_t columns = (all_blocks + blocks - 1) / blocks;
   int64_t rows = kRowsOfItem / most * most;
-  if (columns < 2 * workers && job.m > 64) rows = 64 / most * most;
+  if (workers > 1) {
+    const int64_t wanted = std::max<int64_t>(1, 8 * workers / ((job.m + rows - 1) / rows));
+    blocks = std::clamp<int64_t>(all_blocks / wanted, blocks, std::max<int64_t>(blocks, 64));
+  }
+  const int64_t columns = (all_blocks + blocks - 1) / blocks;
+  if (columns < 2 * workers && job.m > 64 && job.m <= rows) rows = 64 / most * most;
   const int64_t items = columns * ((job.m + rows - 1) / rows);
   parallel_for(pool, workers, items, [&](int64_t item) {
     const int64_t block = item % columns * blocks, row = item / columns * rows;

@@ -96,7 +96,8 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
       out[r] = Simd::fma(sum, scale, out[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) store_output(job, row + r, block, out[r]);
+  const Output output(job, block);
+  for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
 }
 
 // The same of one row of nf4, on layers that have `FourK`.
@@ -117,7 +118,7 @@ void four_k_row(const Job& job, int64_t block) {
     }
     out = Simd::fma(sums.total(), load_scale(job, block, t), out);
   }
-  store_output(job, 0, block, out);
+  Output(job, block).store(0, out);
 }
 
 // Many rows: a part of the block is dequantized once, to (k, 16) floats.
@@ -150,12 +151,11 @@ void panel_rows(const Job& job, int64_t block, int64_t row, const Part& part, co
     const Floats w = Simd::fload(panel);
     for (int r = 0; r < kRows; ++r) out[r] = Simd::fma(w, Simd::fset(x[r]), out[r]);
   }
-  for (int r = 0; r < kRows; ++r) {
-    if (part.last) {
-      store_output(job, row + r, block, out[r]);
-    } else {
-      Simd::fstore(waiting[r].floats, out[r]);
-    }
+  if (part.last) {
+    const Output output(job, block);
+    for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
+  } else {
+    for (int r = 0; r < kRows; ++r) Simd::fstore(waiting[r].floats, out[r]);
   }
 }
 

@@ -110,12 +110,11 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
       out[r] = Simd::fma(scaled, scale, out[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    if (part.last) {
-      store_output(job, row + r, block, out[r]);
-    } else {
-      Simd::fstore(waiting[r].floats, out[r]);
-    }
+  if (part.last) {
+    const Output output(job, block);
+    for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
+  } else {
+    for (int r = 0; r < kRows; ++r) Simd::fstore(waiting[r].floats, out[r]);
   }
 }
 

@@ -35,7 +35,11 @@ struct Tiles {
   static void store(void* p, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0, %1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
   }
-  // C += A B: of int8, four k in 32 bits; of bfloat16, two.
+  // C += A B: of bytes, four k in 32 bits, signed ones with unsigned or signed ones; of bfloat16, two.
+  template <int kC, int kA, int kB>
+  static void add_uint8() {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+  }
   template <int kC, int kA, int kB>
   static void add_int8() {
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
@@ -88,15 +92,19 @@ struct Tiles {
       }
     }
   }
-  template <int kC, int kA, int kB>
-  static void add_int8() {
+  template <class Code, int kC, int kA, int kB>
+  static void add_bytes() {
     each<uint32_t, kC, kA, kB>([](uint32_t sum, const char* a, const char* b) {
       for (int i = 0; i < 4; ++i) {
-        sum += static_cast<uint32_t>(static_cast<signed char>(a[i]) * static_cast<signed char>(b[i]));
+        sum += static_cast<uint32_t>(static_cast<signed char>(a[i]) * static_cast<Code>(b[i]));
       }
       return sum;
     });
   }
+  template <int kC, int kA, int kB>
+  static void add_uint8() { add_bytes<unsigned char, kC, kA, kB>(); }
+  template <int kC, int kA, int kB>
+  static void add_int8() { add_bytes<signed char, kC, kA, kB>(); }
   template <int kC, int kA, int kB>
   static void add_bf16() {
     auto to_float = [](const char* p) {
@@ -113,14 +121,6 @@ struct Tiles {
     });
   }
 #endif
-  template <bool kIntegers, int kC, int kA, int kB>
-  static void add() {
-    if constexpr (kIntegers) {
-      add_int8<kC, kA, kB>();
-    } else {
-      add_bf16<kC, kA, kB>();
-    }
-  }
 };
 
 }  // namespace

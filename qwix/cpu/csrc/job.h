@@ -61,7 +61,7 @@ struct Job {
 };
 
 inline constexpr int64_t kRowsOfItem = 128;             // at most, in one call of `multiply`
-inline constexpr int64_t kWorkspaceBytes = 224 * 1024;  // that it is given
+inline constexpr int64_t kWorkspaceBytes = 608 * 1024;  // that it is given
 
 inline constexpr int64_t kKeysOfPart = 128;
 

@@ -305,28 +305,37 @@ void prepare_group(const Job& job, int64_t first, int64_t rows) {
 
 // ------------------------------------------------------------------------------------------- the output
 
-// Writes the columns that exist of a row of a block, with bias. (By reference: GCC 12 passes registers by value on a stack
-// that it has not aligned for them.)
-void store_output(const Job& job, int64_t row, int64_t block, const Floats& sum) {
-  const int64_t lead = block / job.blocks, column = block % job.blocks * kColumns;
-  const int64_t count = std::min(kColumns, job.n - column);
-  const int64_t at = lead * job.n + column, out = row * job.leads * job.n + at;
-  float lanes[16];
-  if (job.y_type == Type::kF32 && count == kColumns) {
-    const bool biased = job.bias != nullptr;
-    Simd::fstore(static_cast<float*>(job.y) + out, biased ? Simd::fadd(sum, Simd::fload(job.bias + at)) : sum);
-    return;
+// Where results of a block go: the columns that exist of it, with bias.
+struct Output {
+  const Job& job;
+  int64_t count, at;  // columns; the first one of all leads
+
+  Output(const Job& job, int64_t block) : job(job) {
+    const int64_t lead = block / job.blocks, column = block % job.blocks * kColumns;
+    count = std::min(kColumns, job.n - column);
+    at = lead * job.n + column;
   }
-  Simd::fstore(lanes, sum);
-  for (int64_t i = 0; i < count; ++i) {
-    const float y = job.bias == nullptr ? lanes[i] : lanes[i] + job.bias[at + i];
-    if (job.y_type == Type::kF32) {
-      static_cast<float*>(job.y)[out + i] = y;
-    } else {
-      static_cast<uint16_t*>(job.y)[out + i] = to_bf16(y);
+
+  // (By reference: GCC 12 passes registers by value on a stack that it has not aligned for them.)
+  void store(int64_t row, const Floats& sum) const {
+    const int64_t out = row * job.leads * job.n + at;
+    if (job.y_type == Type::kF32 && count == kColumns) {
+      const bool biased = job.bias != nullptr;
+      Simd::fstore(static_cast<float*>(job.y) + out, biased ? Simd::fadd(sum, Simd::fload(job.bias + at)) : sum);
+      return;
+    }
+    float lanes[16];
+    Simd::fstore(lanes, sum);
+    for (int64_t i = 0; i < count; ++i) {
+      const float y = job.bias == nullptr ? lanes[i] : lanes[i] + job.bias[at + i];
+      if (job.y_type == Type::kF32) {
+        static_cast<float*>(job.y)[out + i] = y;
+      } else {
+        static_cast<uint16_t*>(job.y)[out + i] = to_bf16(y);
+      }
     }
   }
-}
+};
 
 // ------------------------------------------------------------------------------------------- parts of K
 

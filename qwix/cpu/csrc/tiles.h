@@ -1,7 +1,7 @@
 // Products of two rows or more on AMX's tiles, see intrinsics_amx.h. A step of a packed block, four bytes of k for each of 16
 // columns, is a row of the tile that AMX multiplies with.
 //
-// Integers are multiplied as signed bytes. Floats are multiplied in bfloat16 without losing anything of float32:
+// Integers are multiplied as bytes: int8 as it is packed, unsigned, straight from there; others signed. Floats are multiplied in bfloat16 without losing anything of float32:
 // a float32 is the sum of three bfloat16, of 8 bits each (cut off, not rounded); a quantized weight (but for nf4's) is
 // one as it is, its scale comes after. So three products, exact in float32, make one, and of nf4, which has three
 // parts too, the six of at least 2^-16 of it.
@@ -124,16 +124,16 @@ void prepare_tiles(const Job& job, int64_t begin, int64_t end) {
 
 constexpr int8_t kSignedNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-// A step as signed bytes, those of 4 k in 64.
+// A step as bytes, those of 4 k in 64.
 template <Format kFormat>
-inline __attribute__((always_inline)) void signed_step(const uint8_t* codes, uint8_t* out) {
+inline __attribute__((always_inline)) void byte_step(const uint8_t* codes, uint8_t* out) {
   const Bytes loaded = Simd::load_bytes(codes);
   if constexpr (is_nibble(kFormat)) {
     constexpr auto& table = kFormat == kE2M1 ? kE2M1Twice : kSignedNibbles;
     Simd::store_bytes(out, Simd::lookup(table, Simd::low_nibbles(loaded)));
     Simd::store_bytes(out + kStepBytes, Simd::lookup(table, Simd::high_nibbles(loaded)));
   } else {
-    Simd::store_bytes(out, Simd::flip(loaded, 0x80));
+    Simd::store_bytes(out, loaded);
   }
 }
 
@@ -157,7 +157,7 @@ inline __attribute__((always_inline)) void bf16_step(const uint8_t* codes, Float
 
 // A part of a block as tiles are loaded from it: chunk after chunk (of each the parts), those of a tile padded with zeros.
 template <Format kFormat, bool kIntegers, int kParts>
-void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part& part, int64_t ahead, uint8_t* panel) {
+void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part& part, uint8_t* panel) {
   const int64_t chunk_steps = chunks.k / step_k(kFormat);
   const int64_t step_bytes = step_k(kFormat) * kColumns * (kIntegers ? 1 : 2), part_bytes = chunk_steps * step_bytes;
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
@@ -171,9 +171,8 @@ void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part&
       const int64_t count = std::min(chunk_steps, part.step_end - s);
       uint8_t* out = panel;
       for (int64_t i = 0; i < count; ++i, codes += kStepBytes, out += step_bytes) {
-        prefetch(codes, ahead);
         if constexpr (kIntegers) {
-          signed_step<kFormat>(codes, out);
+          byte_step<kFormat>(codes, out);
         } else {
           bf16_step<kFormat, kParts>(codes, zeros, part_bytes, out);
         }
@@ -188,6 +187,8 @@ void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part&
 // ------------------------------------------------------------------------------------------- the product
 
 constexpr int64_t kTilePanelBytes = 48 * 1024;  // of a block
+constexpr int64_t kBlocksOfTilePass = 32;
+constexpr int64_t kTileWaitingBytes = kBlocksOfTilePass * kRowsOfItem * static_cast<int64_t>(sizeof(Waiting));
 
 void configure(const Chunks& chunks, int64_t rows) {
   TileConfig config;
@@ -198,128 +199,205 @@ void configure(const Chunks& chunks, int64_t rows) {
   Tiles::configure(config);
 }
 
-// Adds the products of a chunk to the sums of one block, or of two beside each other.
-template <bool kIntegers, int kXParts, int kWParts, int kBlocks>
+// Sum `kBlocks` group + block of the tile registers += the products of an A and a B of them.
+template <Format kFormat, bool kIntegers, int kBlocks, int kGroup, int kBlock>
+inline void add_tiles() {
+  constexpr int sum = kBlocks * kGroup + kBlock, a = kA + kGroup, b = kB + kBlock;
+  if constexpr (!kIntegers) {
+    Tiles::add_bf16<sum, a, b>();
+  } else if constexpr (kFormat == kInt8) {
+    Tiles::add_uint8<sum, a, b>();
+  } else {
+    Tiles::add_int8<sum, a, b>();
+  }
+}
+
+// Adds the products of a chunk of one group of rows, or of two `group_bytes` apart, and one block, or two `panel_bytes` apart.
+template <Format kFormat, bool kIntegers, int kXParts, int kWParts, int kBlocks, int kGroups>
 inline __attribute__((always_inline)) void add_chunk(const char* acts, int64_t act_bytes, int64_t row_bytes,
-                                                     const uint8_t* panel, int64_t panel_bytes) {
+                                                     int64_t group_bytes, const uint8_t* panel, int64_t panel_bytes) {
   for (int w = 0; w < kWParts; ++w) {
     const uint8_t* part = panel + w * row_bytes * kColumns;
     Tiles::load<kB>(part, kStepBytes);
     if constexpr (kBlocks == 2) Tiles::load<kB + 1>(part + panel_bytes, kStepBytes);
     for (int x = 0; x + w < std::max(kXParts, kWParts) && x < kXParts; ++x) {
-      Tiles::load<kA>(acts + x * act_bytes, row_bytes);
-      Tiles::add<kIntegers, 0, kA, kB>();
-      if constexpr (kBlocks == 2) Tiles::add<kIntegers, 1, kA, kB + 1>();
+      const char* a = acts + x * act_bytes;
+      Tiles::load<kA>(a, row_bytes);
+      add_tiles<kFormat, kIntegers, kBlocks, 0, 0>();
+      if constexpr (kBlocks == 2) add_tiles<kFormat, kIntegers, kBlocks, 0, 1>();
+      if constexpr (kGroups == 2) {
+        Tiles::load<kA + 1>(a + group_bytes, row_bytes);
+        add_tiles<kFormat, kIntegers, kBlocks, 1, 0>();
+        if constexpr (kBlocks == 2) add_tiles<kFormat, kIntegers, kBlocks, 1, 1>();
+      }
     }
   }
 }
 
-// The result of a group of rows for a part of a block, or of two: `sums_of_block` apart is what waits of the second one,
-// kTilePanelBytes what is multiplied. kRows is 16, or 0: `rows`, fewer.
-template <Format kFormat, bool kIntegers, int kXParts, int kWParts, int kBlocks, int kRows>
+// What of the weight is wanted next, of some blocks: fetched a little with each chunk, so that memory has time for it.
+struct Next {
+  const uint8_t* data;
+  int64_t lines, block_bytes, blocks;  // of 64 bytes, in a block
+  int64_t each;                        // lines at once
+  int64_t block = 0, line = 0;
+
+  inline __attribute__((always_inline)) void fetch_some() {
+    for (int64_t i = 0; i < each && block < blocks; ++i) {
+      __builtin_prefetch(data + block * block_bytes + line * 64, 0, 2);
+      if (++line == lines) {
+        line = 0;
+        ++block;
+      }
+    }
+  }
+};
+
+// The result of a group of `rows` for a part of a block, or of two groups of 16 and two blocks: `codes_of_block` and
+// `sums_of_block` apart are the second block's.
+template <Format kFormat, bool kIntegers, int kXParts, int kWParts, int kBlocks, int kGroups>
 void tile_rows(const Job& job, const Chunks& chunks, int64_t block, int64_t row, int64_t rows, const Part& part,
-               const uint8_t* panel, Waiting* waiting, int64_t sums_of_block) {
-  if (kRows != 0) rows = kRows;
-  alignas(64) int32_t sums[kBlocks][kTileRows][kColumns];
+               const uint8_t* codes, int64_t codes_of_block, Next& next, Waiting* waiting,
+               int64_t sums_of_block) {
+  if (kGroups == 2) rows = kTileRows;
+  alignas(64) int32_t sums[kGroups][kBlocks][kTileRows][kColumns];
   const int64_t act_bytes = rows * chunks.bytes, part_k = (part.step_end - part.step) * step_k(kFormat);
   const int64_t first = part.step * step_k(kFormat) / chunks.k, count = (part_k + chunks.k - 1) / chunks.k;
-  const bool is_whole = part.step_end == job.steps_of_tile();
-  for (int b = 0; part.first && b < kBlocks; ++b) {
-    for (int64_t r = 0; r < rows; ++r) Simd::fstore(waiting[b * sums_of_block + r].floats, Simd::fset(0));
+  // fn(sum of the tile registers, group, block) for each of them.
+  auto each_sum = [&](auto fn) __attribute__((always_inline)) {
+    fn(K<0>(), 0, 0);
+    if constexpr (kBlocks == 2) fn(K<1>(), 0, 1);
+    if constexpr (kGroups == 2) {
+      fn(K<kBlocks>(), 1, 0);
+      if constexpr (kBlocks == 2) fn(K<kBlocks + 1>(), 1, 1);
+    }
+  };
+  auto waiting_of = [&](int group, int b) { return waiting + b * sums_of_block + group * kTileRows; };
+  if (part.first) {
+    each_sum([&](auto, int group, int b) {
+      for (int64_t r = 0; r < rows; ++r) Simd::fstore(waiting_of(group, b)[r].floats, Simd::fset(0));
+    });
   }
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     const char* acts = job.rows + row * job.row_stride + (t * chunks.count + first) * kXParts * act_bytes;
     if (part.step == 0) {
-      Tiles::zero<0>();
-      if constexpr (kBlocks == 2) Tiles::zero<1>();
+      each_sum([&](auto sum, int, int) { Tiles::zero<decltype(sum)::value>(); });
     } else {
-      Tiles::load<0>(waiting[0].ints, sizeof(Waiting));
-      if constexpr (kBlocks == 2) Tiles::load<1>(waiting[sums_of_block].ints, sizeof(Waiting));
+      each_sum([&](auto sum, int group, int b) {
+        Tiles::load<decltype(sum)::value>(waiting_of(group, b)->ints, sizeof(Waiting));
+      });
     }
-    for (int64_t c = 0; c < count; ++c, acts += kXParts * act_bytes, panel += kWParts * chunks.bytes * kColumns) {
-      add_chunk<kIntegers, kXParts, kWParts, kBlocks>(acts, act_bytes, chunks.bytes, panel, kTilePanelBytes);
+    for (int64_t c = 0; c < count; ++c, acts += kXParts * act_bytes, codes += kWParts * chunks.bytes * kColumns) {
+      next.fetch_some();
+      add_chunk<kFormat, kIntegers, kXParts, kWParts, kBlocks, kGroups>(
+          acts, act_bytes, chunks.bytes, kTileRows * job.row_stride, codes, codes_of_block);
     }
-    if (!is_whole) {
-      Tiles::store<0>(waiting[0].ints, sizeof(Waiting));
-      if constexpr (kBlocks == 2) Tiles::store<1>(waiting[sums_of_block].ints, sizeof(Waiting));
+    if (part.step_end != job.steps_of_tile()) {
+      each_sum([&](auto sum, int group, int b) {
+        Tiles::store<decltype(sum)::value>(waiting_of(group, b)->ints, sizeof(Waiting));
+      });
       return;  // such a part is of one tile
     }
-    Tiles::store<0>(sums[0], kStepBytes);
-    if constexpr (kBlocks == 2) Tiles::store<1>(sums[1], kStepBytes);
-    const float* row_scale = job.row_scale + row * job.tiles + t;
-    for (int b = 0; b < kBlocks; ++b) {
+    each_sum([&](auto sum, int group, int b) { Tiles::store<decltype(sum)::value>(sums[group][b], kStepBytes); });
+    each_sum([&](auto, int group, int b) __attribute__((always_inline)) {
       Floats scale = load_scale(job, block + b, t);
       if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
-      Waiting* out = waiting + b * sums_of_block;
-      auto finish = [&](auto to_float) __attribute__((always_inline)) {
+      Waiting* out = waiting_of(group, b);
+      const int64_t at = (row + group * kTileRows) * job.tiles + t;
+      const float* row_scale = job.row_scale + at;
+      const int32_t* row_sum = job.row_sum + at;
+      auto finish = [&](auto sum_of) __attribute__((always_inline)) {
         for (int64_t r = 0; r < rows; ++r) {
-          const Floats scaled = Simd::fmul(to_float(r), Simd::fset(row_scale[r * job.tiles]));
+          const Floats scaled = Simd::fmul(sum_of(r), Simd::fset(row_scale[r * job.tiles]));
           Simd::fstore(out[r].floats, Simd::fma(scaled, scale, Simd::fload(out[r].floats)));
         }
       };
-      if constexpr (!kIntegers) {
-        finish([&](int64_t r) { return Simd::fload(reinterpret_cast<const float*>(sums[b][r])); });
-      } else if (kFormat == kE2M1 || job.zeros == nullptr) {
-        finish([&](int64_t r) { return Simd::to_float(Simd::iload(sums[b][r])); });
-      } else {
-        const Ints zeros = Simd::isub(load_zeros(job, block + b, t), Simd::iset(code_of_zero(kFormat)));
-        const int32_t* row_sum = job.row_sum + row * job.tiles + t;
+      auto finish_integers = [&](auto correction) __attribute__((always_inline)) {
         finish([&](int64_t r) {
-          const Ints correction = Simd::imul(zeros, Simd::iset(row_sum[r * job.tiles]));
-          return Simd::to_float(Simd::isub(Simd::iload(sums[b][r]), correction));
+          return Simd::to_float(Simd::isub(Simd::iload(sums[group][b][r]), correction(row_sum[r * job.tiles])));
         });
+      };
+      constexpr int32_t kZero = kFormat == kInt8 ? 0 : code_of_zero(kFormat);  // of the bytes as they are multiplied
+      if constexpr (!kIntegers) {
+        finish([&](int64_t r) { return Simd::fload(reinterpret_cast<const float*>(sums[group][b][r])); });
+      } else if (kFormat != kE2M1 && job.zeros != nullptr) {
+        const Ints zeros = Simd::isub(load_zeros(job, block + b, t), Simd::iset(kZero));
+        finish_integers([&](int32_t sum) { return Simd::imul(zeros, Simd::iset(sum)); });
+      } else if (kFormat == kInt8) {
+        finish_integers([&](int32_t sum) { return Simd::iset(static_cast<int32_t>(static_cast<uint32_t>(sum) << 7)); });
+      } else {
+        finish([&](int64_t r) { return Simd::to_float(Simd::iload(sums[group][b][r])); });
       }
-    }
+    });
   }
   if (!part.last) return;
-  for (int b = 0; b < kBlocks; ++b) {
+  each_sum([&](auto, int group, int b) {
+    const Output output(job, block + b);
     for (int64_t r = 0; r < rows; ++r) {
-      store_output(job, row + r, block + b, Simd::fload(waiting[b * sums_of_block + r].floats));
+      output.store(row + group * kTileRows + r, Simd::fload(waiting_of(group, b)[r].floats));
     }
-  }
+  });
 }
 
 template <Format kFormat, bool kIntegers, int kXParts>
 void tile_product(const Job& job, const Range& range, char* workspace) {
   constexpr int kWParts = kFormat == kNF4 ? 3 : 1;
-  constexpr int64_t kPart = kIntegers ? 1024 : kWParts == 1 ? 512 : 256;  // k
+  constexpr int64_t kPart = kIntegers ? 512 : kWParts == 1 ? 512 : 256;  // k
   static_assert(kPart * kColumns * (kIntegers ? 1 : 2 * kWParts) * 2 <= kTilePanelBytes);  // a tile is padded to less than twice
   const Chunks chunks(job);
   Waiting* waiting = reinterpret_cast<Waiting*>(workspace);
-  uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);
-  const int64_t rows = range.end - range.begin;
+  uint8_t* decoded = reinterpret_cast<uint8_t*>(workspace + kTileWaitingBytes);
+  const int64_t rows = range.end - range.begin, stride = job.block_bytes();
   int64_t configured = 0;
-  // A part of all rows of two blocks.
-  auto multiply = [&](const Part& part, auto blocks, int64_t block, int64_t ahead, Waiting* sums) {
+  // Codes of whole chunks of bytes are multiplied where they are.
+  const bool direct = kIntegers && kFormat == kInt8 && job.padded_tile % chunks.k == 0;
+  // A part of all rows of one block, or two.
+  auto multiply = [&](const Part& part, auto blocks, int64_t block, Next next, Waiting* sums) {
     constexpr int kBlocks = decltype(blocks)::value;
-    for (int b = 0; b < kBlocks; ++b) {
-      tile_panel<kFormat, kIntegers, kWParts>(job, chunks, block + b, part, ahead, panel + b * kTilePanelBytes);
-    }
-    Tiles::fence();
-    each_tile_group(range.begin, range.end, [&](int64_t row, int64_t size) {
-      if (size != configured) configure(chunks, configured = size);
-      Waiting* of_group = sums + (row - range.begin);
-      if (size == kTileRows) {
-        tile_rows<kFormat, kIntegers, kXParts, kWParts, kBlocks, kTileRows>(job, chunks, block, row, size, part, panel,
-                                                                           of_group, rows);
-      } else {
-        tile_rows<kFormat, kIntegers, kXParts, kWParts, kBlocks, 0>(job, chunks, block, row, size, part, panel, of_group,
-                                                                   rows);
+    const uint8_t* codes = decoded;
+    if (direct) {
+      codes = job.codes + block * stride + (part.tile * job.steps_of_tile() + part.step) * kStepBytes;
+    } else {
+      for (int b = 0; b < kBlocks; ++b) {
+        tile_panel<kFormat, kIntegers, kWParts>(job, chunks, block + b, part, decoded + b * kTilePanelBytes);
       }
-    });
+    }
+    const int64_t codes_of_block = direct ? stride : kTilePanelBytes;
+    Tiles::fence();
+    for (int64_t row = range.begin, size; row < range.end; row += size) {
+      const bool both = kBlocks == 2 && range.end - row >= 2 * kTileRows;
+      const int64_t group = std::min(kTileRows, range.end - row);
+      size = both ? 2 * kTileRows : group;
+      if (group != configured) configure(chunks, configured = group);
+      Waiting* of_group = sums + (row - range.begin);
+      if (both) {
+        tile_rows<kFormat, kIntegers, kXParts, kWParts, kBlocks, kBlocks>(job, chunks, block, row, group, part, codes,
+                                                                         codes_of_block, next, of_group, rows);
+      } else {
+        tile_rows<kFormat, kIntegers, kXParts, kWParts, kBlocks, 1>(job, chunks, block, row, group, part, codes,
+                                                                   codes_of_block, next, of_group, rows);
+      }
+    }
   };
-  // One group of rows reads a block from end to end; more of them take a part of some blocks in turn, while it is in the cache.
-  const int64_t blocks_of_pass = rows <= kTileRows ? 2 : kBlocksOfPass;
+  const int64_t passes = (rows + 2 * kTileRows - 1) / (2 * kTileRows);  // over the codes of two blocks
+  // One group of rows reads two blocks from end to end; more of them take a part of some blocks in turn, as activations fill
+  // the cache.
+  const int64_t blocks_of_pass = rows <= kTileRows ? 2 : kBlocksOfTilePass;
   for (int64_t start = range.block; start < range.block_end; start += blocks_of_pass) {
     const int64_t end = std::min(range.block_end, start + blocks_of_pass);
     each_part(job, kPart / step_k(kFormat), [&](const Part& part) {
+      const int64_t first = (part.tile * job.steps_of_tile() + part.step) * kStepBytes, lines = part.steps();
+      const int64_t iterations = passes * std::max<int64_t>(1, lines * step_k(kFormat) / chunks.k);
       for (int64_t block = start; block < end; block += 2) {
-        const int64_t ahead = rows <= kTileRows ? kStreamAhead : 2 * job.block_bytes();
+        // The same part of the next blocks; or the next part of the first ones; or the next blocks.
+        const uint8_t* at = job.codes + first + (block + 2 < end ? (block + 2) * stride : part.last ? end * stride - first
+                                                                                     : start * stride + lines * kStepBytes);
+        const bool is_end = part.last && block + 2 >= range.block_end;
+        const Next next = {at, lines, stride, is_end ? 0 : 2, 2 * lines / iterations + 1};
         Waiting* sums = waiting + (block - start) * rows;
         if (block + 1 < end) {
-          multiply(part, K<2>(), block, ahead, sums);
+          multiply(part, K<2>(), block, next, sums);
         } else {
-          multiply(part, K<1>(), block, ahead, sums);
+          multiply(part, K<1>(), block, next, sums);
         }
       }
     });
@@ -361,7 +439,7 @@ void multiply_or_tiles(const Job& job, int64_t block, int64_t block_end, int64_t
   }
 }
 
-static_assert(kWaitingBytes + 2 * kTilePanelBytes <= kWorkspaceBytes);
+static_assert(kTileWaitingBytes + 2 * kTilePanelBytes <= kWorkspaceBytes);
 
 }  // namespace
 }  // namespace qwix
