@@ -1,5 +1,6 @@
 """The native kernels, each instruction set of this CPU, against NumPy in float64."""
 
+import concurrent.futures
 import itertools
 import os
 import subprocess
@@ -31,6 +32,8 @@ WEIGHTS = [
     ("float8_e4m3fn", None, "absmax"),
     ("float8_e5m2", 16, "absmax"),
 ]
+# Rows, and their dtype. Kernels take groups of 1 to 16 rows, some two of 16 at once.
+ROWS = ((1, np.float32), (2, np.float32), (23, np.float32), (52, np.float32), (3, jnp.bfloat16), (19, jnp.bfloat16))
 
 
 def weight(rng: np.random.Generator, k: int, n: int, qtype: Any, tile: int | None, method: str) -> qarray.QArray:
@@ -76,7 +79,7 @@ def test_float_activations(kernel: int, qtype: Any, tile: int | None, method: st
     rng = np.random.default_rng(0)
     q = weight(rng, 120 if tile not in (16, 32) else 160, 37, qtype, tile, method)
     p = packed.pack(q)
-    for m, dtype in ((1, np.float32), (2, np.float32), (23, np.float32), (3, jnp.bfloat16)):
+    for m, dtype in ROWS:
         x = rng.standard_normal((m, q.shape[0])).astype(dtype)
         y = run(jnp.asarray(x), p, native.FLOAT, kernel)
         assert_product(y, x.astype(np.float64), in_float64(q))
@@ -89,7 +92,7 @@ def test_dynamic_int8_activations(kernel: int, qtype: Any, tile: int | None, met
     q = weight(rng, 120 if tile != 32 else 160, 37, qtype, tile, method)
     p = packed.pack(q)
     k = p.layout.tile
-    for m, dtype in ((1, np.float32), (2, np.float32), (23, np.float32), (3, jnp.bfloat16)):
+    for m, dtype in ROWS:
         x = jnp.asarray(rng.standard_normal((m, q.shape[0])).astype(dtype))
         how = HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: k})
         xq = qarray.quantize(x, how)
@@ -109,9 +112,10 @@ def test_extreme_codes_do_not_saturate(kernel: int, qtype: str) -> None:
     dtype = {"int8": jnp.int8, "int4": jnp.int4, "mxfp4": jnp.float4_e2m1fn}[qtype]
     for code, act in itertools.product((low, high), (-128, 127)):
         q = qarray.QArray(jnp.full((k, n), code).astype(dtype), jnp.ones((1, n)), None, qtype)
-        x = jnp.full((5, k), act, jnp.int8)
-        y = run(x, packed.pack(q), native.QUANTIZED, kernel, x_scale=jnp.ones((5, 1)))
-        np.testing.assert_array_equal(y, np.full((5, n), k * code * act))
+        for m in (5, 17):
+            x = jnp.full((m, k), act, jnp.int8)
+            y = run(x, packed.pack(q), native.QUANTIZED, kernel, x_scale=jnp.ones((m, 1)))
+            np.testing.assert_array_equal(y, np.full((m, n), k * code * act))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -123,7 +127,7 @@ def test_every_code_is_decoded_exactly(kernel: int, qtype: str) -> None:
     q = qarray.QArray(jnp.tile(values, (8, 1)), jnp.ones((1, values.shape[1])), None, qtype)
     # A sum of eight equal eighths is exact but for nf4; 0 inf would be NaN.
     row = np.eye(8)[5] if qtype == "nf4" else np.full(8, 0.125)
-    for m in (1, 6):
+    for m in (1, 6, 12):
         x = jnp.asarray(np.tile(row, (m, 1)), jnp.float32)
         y = np.asarray(run(x, packed.pack(q, (0,)), native.FLOAT, kernel))
         np.testing.assert_array_equal(y[-1], np.asarray(qarray.dequantize(q))[0])
@@ -159,7 +163,7 @@ def test_rows_without_a_finite_range(kernel: int) -> None:
 
 
 @hypothesis.given(
-    m=st.sampled_from([1, 4, 5, 9]), k=st.integers(1, 70), n=st.integers(1, 40), scale=st.sampled_from([1e-20, 1, 1e15])
+    m=st.sampled_from([1, 4, 5, 9, 37]), k=st.integers(1, 70), n=st.integers(1, 40), scale=st.sampled_from([1e-20, 1, 1e15])
 )
 @hypothesis.settings(max_examples=12)
 def test_any_shape_and_scale(m: int, k: int, n: int, scale: float) -> None:
@@ -170,6 +174,58 @@ def test_any_shape_and_scale(m: int, k: int, n: int, scale: float) -> None:
     p = packed.pack(q, (0,))
     for kernel in KERNELS:
         assert_product(run(jnp.asarray(x), p, native.FLOAT, kernel), x.astype(np.float64), in_float64(q))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("qtype", "tile"), [("int8", None), ("int4", None), ("int4", 1100), ("nf4", None)])
+def test_a_long_contraction(kernel: int, qtype: str, tile: int | None) -> None:
+    """It goes in parts, of which the last is none of a whole number of what is multiplied at once."""
+    rng = np.random.default_rng(6)
+    q = weight(rng, 2200, 40, qtype, tile, "absmax")
+    p = packed.pack(q, (0,))
+    x = rng.standard_normal((40, 2200)).astype(np.float32)
+    for m in (5, 40):
+        assert_product(run(jnp.asarray(x[:m]), p, native.FLOAT, kernel), x[:m].astype(np.float64), in_float64(q))
+        if qtype != "nf4":
+            how = HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: tile} if tile else {})
+            xq = qarray.quantize(jnp.asarray(x[:m]), how)
+            y = run(xq.qvalue, p, native.QUANTIZED, kernel, x_scale=xq.scale)
+            assert_product(y, in_float64(xq), in_float64(q), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("qtype", ["int8", "nf4", "float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_any_magnitude(kernel: int, qtype: str) -> None:
+    rng = np.random.default_rng(7)
+    q = weight(rng, 48, 20, qtype, None, "absmax")
+    x = rng.standard_normal((21, 48)) * 10.0 ** np.linspace(-30, 34, 21)[:, None]
+    x = x.astype(np.float32)
+    p = packed.pack(q)
+    assert_product(run(jnp.asarray(x), p, native.FLOAT, kernel), x.astype(np.float64), in_float64(q))
+    # inf and NaN go to the results of their rows, and to no others.
+    x[2, 3], x[5, 4], x[17, 5] = np.inf, np.nan, -np.inf
+    y = np.asarray(run(jnp.asarray(x), p, native.FLOAT, kernel))
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ in_float64(q)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+    np.testing.assert_array_equal(np.isposinf(y), np.isposinf(expected))
+    np.testing.assert_array_equal(np.isneginf(y), np.isneginf(expected))
+
+
+def test_calls_from_several_threads() -> None:
+    """Threads of XLA's pool that have helped one call wait a moment for the next, of whoever makes it."""
+    rng = np.random.default_rng(8)
+    p = packed.pack(q := weight(rng, 512, 512, "int4", 32, "absmax"))
+    xs = [rng.standard_normal((24, 512)).astype(np.float32) for _ in range(4)]
+    expected = [x.astype(np.float64) @ in_float64(q) for x in xs]
+
+    def call(i: int) -> None:
+        x = jnp.asarray(xs[i % 4])
+        for _ in range(10):
+            np.testing.assert_allclose(run(x, p, native.FLOAT, 0), expected[i % 4], atol=1e-3)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(12)))
 
 
 def test_a_large_product_on_several_threads() -> None:

@@ -137,22 +137,66 @@ inline __attribute__((always_inline)) void byte_step(const uint8_t* codes, uint8
   }
 }
 
-// A step in bfloat16, those of 2 k in 64 bytes, without zero points; a part of all its numbers, then the next one.
-template <Format kFormat, int kParts>
-inline __attribute__((always_inline)) void bf16_step(const uint8_t* codes, Floats zeros, int64_t part_bytes, uint8_t* out) {
-  Ints even[kParts];
+// A step in bfloat16, those of 2 k in 64 bytes, without zero points.
+template <Format kFormat>
+inline __attribute__((always_inline)) void bf16_step(const uint8_t* codes, Floats zeros, uint8_t* out) {
+  __m512i even;
   each_k<kFormat>(codes, [&](auto j, Floats w) __attribute__((always_inline)) {
-    Floats rest = is_integer(kFormat) ? Simd::fsub(w, zeros) : w;
-    for (int p = 0; p < kParts; ++p) {
-      const __m512i upper = _mm512_and_si512(_mm512_castps_si512(rest.v), _mm512_set1_epi32(-65536));
-      if (p + 1 < kParts) rest = Simd::fsub(rest, Floats{_mm512_castsi512_ps(upper)});
-      if (j % 2 == 0) {
-        even[p].v = _mm512_srli_epi32(upper, 16);
-      } else {
-        Simd::store_bytes(out + p * part_bytes + j / 2 * kStepBytes, Bytes{_mm512_or_si512(even[p].v, upper)});
-      }
+    const __m512i bits = _mm512_castps_si512(is_integer(kFormat) ? Simd::fsub(w, zeros).v : w.v);
+    if (j % 2 == 0) {
+      even = _mm512_srli_epi32(bits, 16);
+    } else {
+      const __m512i odd = _mm512_and_si512(bits, _mm512_set1_epi32(-65536));
+      Simd::store_bytes(out + j / 2 * kStepBytes, Bytes{_mm512_or_si512(even, odd)});
     }
   });
+}
+
+// The numbers of a format of 4 bits by code, twice: the instruction that looks them up heeds 5 bits.
+struct NibbleTable {
+  uint16_t parts[3][32];
+
+  explicit NibbleTable(Format format) {
+    for (int i = 0; i < 32; ++i) {
+      const float number = format == kNF4    ? kNF4Points[i % 16]
+                           : format == kE2M1 ? static_cast<float>(kE2M1Twice[i % 16])
+                                             : static_cast<float>(i % 16 - code_of_zero(format));
+      float left = number;
+      for (auto& part : parts) {
+        uint32_t bits;
+        std::memcpy(&bits, &left, 4);
+        part[i] = static_cast<uint16_t>(bits >> 16);
+        // Something is left for each part of three: 0 would make a NaN of inf.
+        if (format == kNF4 && left != 0 && left == to_f32(part[i]) && &part != &parts[2]) --part[i];
+        left -= to_f32(part[i]);
+      }
+    }
+  }
+};
+
+template <Format kFormat>
+const NibbleTable& nibble_table() {
+  static const NibbleTable table(kFormat);
+  return table;
+}
+
+// The same of 4 bits, by lookup; a part of all its numbers, `part_bytes`, then the next one.
+template <int kParts>
+inline __attribute__((always_inline)) void nibble_step(const uint8_t* codes, const NibbleTable& table, int64_t part_bytes,
+                                                       uint8_t* out) {
+  const __m512i first = _mm512_set1_epi32(0x01010000), second = _mm512_set1_epi32(0x03030202);
+  const __m512i lanes = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+  const __m512i loaded = _mm512_loadu_si512(codes);
+  for (int half = 0; half < 2; ++half) {
+    const __m512i nibbles = half == 0 ? loaded : _mm512_srli_epi16(loaded, 4);
+    for (int pair = 0; pair < 2; ++pair) {
+      const __m512i at = _mm512_shuffle_epi8(nibbles, _mm512_add_epi8(lanes, pair == 0 ? first : second));
+      for (int p = 0; p < kParts; ++p) {
+        const __m512i numbers = _mm512_permutexvar_epi16(at, _mm512_loadu_si512(table.parts[p]));
+        _mm512_storeu_si512(out + p * part_bytes + (2 * half + pair) * kStepBytes, numbers);
+      }
+    }
+  }
 }
 
 // A part of a block as tiles are loaded from it: chunk after chunk (of each the parts), those of a tile padded with zeros.
@@ -173,8 +217,10 @@ void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part&
       for (int64_t i = 0; i < count; ++i, codes += kStepBytes, out += step_bytes) {
         if constexpr (kIntegers) {
           byte_step<kFormat>(codes, out);
-        } else {
-          bf16_step<kFormat, kParts>(codes, zeros, part_bytes, out);
+        } else if (is_nibble(kFormat) && (kFormat != kInt4 || job.zeros == nullptr)) {
+          nibble_step<kParts>(codes, nibble_table<kFormat>(), part_bytes, out);
+        } else if constexpr (kFormat != kNF4) {
+          bf16_step<kFormat>(codes, zeros, out);
         }
       }
       for (int p = 0; p < kParts && count < chunk_steps; ++p) {
@@ -234,20 +280,15 @@ inline __attribute__((always_inline)) void add_chunk(const char* acts, int64_t a
   }
 }
 
-// What of the weight is wanted next, of some blocks: fetched a little with each chunk, so that memory has time for it.
+// What of the weight is wanted next, of blocks beside each other: fetched a little with each chunk, so that memory has time.
 struct Next {
   const uint8_t* data;
   int64_t lines, block_bytes, blocks;  // of 64 bytes, in a block
   int64_t each;                        // lines at once
-  int64_t block = 0, line = 0;
 
   inline __attribute__((always_inline)) void fetch_some() {
-    for (int64_t i = 0; i < each && block < blocks; ++i) {
-      __builtin_prefetch(data + block * block_bytes + line * 64, 0, 2);
-      if (++line == lines) {
-        line = 0;
-        ++block;
-      }
+    for (int64_t i = 0; i < each && lines > 0; ++i, --lines, data += 64) {
+      for (int64_t b = 0; b < blocks; ++b) __builtin_prefetch(data + b * block_bytes, 0, 2);
     }
   }
 };
@@ -388,11 +429,13 @@ void tile_product(const Job& job, const Range& range, char* workspace) {
       const int64_t first = (part.tile * job.steps_of_tile() + part.step) * kStepBytes, lines = part.steps();
       const int64_t iterations = passes * std::max<int64_t>(1, lines * step_k(kFormat) / chunks.k);
       for (int64_t block = start; block < end; block += 2) {
-        // The same part of the next blocks; or the next part of the first ones; or the next blocks.
-        const uint8_t* at = job.codes + first + (block + 2 < end ? (block + 2) * stride : part.last ? end * stride - first
-                                                                                     : start * stride + lines * kStepBytes);
+        // The same part of the next blocks; or the next part of the first ones; or the next blocks. Of one group of rows what
+        // comes a little later.
+        const int64_t next_block = block + 2 < end ? (block + 2) * stride : part.last ? end * stride - first
+                                                                          : start * stride + lines * kStepBytes;
         const bool is_end = part.last && block + 2 >= range.block_end;
-        const Next next = {at, lines, stride, is_end ? 0 : 2, 2 * lines / iterations + 1};
+        const Next next = {job.codes + first + (rows <= kTileRows ? block * stride + kStreamAhead : next_block), lines, stride,
+                           is_end ? 0 : 2, lines / iterations + 1};
         Waiting* sums = waiting + (block - start) * rows;
         if (block + 1 < end) {
           multiply(part, K<2>(), block, next, sums);
