@@ -3,7 +3,7 @@
 //     c++ -O3 -march=native -pthread machine_peak.cc -o machine_peak && ./machine_peak 2
 //
 // prints JSON. Bytes: a plain sum of an array of 512 MiB. Products: the instruction that multiplies the most bytes, and
-// the addition that it needs, on registers: vpdpbusd, sdot, or on AVX2 vpmaddubsw and vpaddw (an int8 product that must
+// the addition that it needs, on registers: tdpbssd, vpdpbusd, sdot, or on AVX2 vpmaddubsw and vpaddw (an int8 product that must
 // not saturate needs more than these two there, so nothing reaches this number).
 
 #include <algorithm>
@@ -17,6 +17,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
@@ -39,6 +43,33 @@ double seconds(int threads, int runs, const std::function<void(int)>& fn) {
 
 constexpr int64_t kRounds = 20'000'000;
 constexpr int kSums = 10;  // independent of each other, to hide latency
+
+#if defined(__AMX_INT8__) && defined(__linux__)
+// Linux gives a process tile registers when it asks for them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+bool has_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+constexpr int64_t kTileProducts = 16 * 16 * 64;
+
+void multiply_tiles(int) {
+  alignas(64) struct {
+    uint8_t palette = 1, reserved[15] = {};
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } config;
+  for (int i = 0; i < 16; ++i) {
+    config.row_bytes[i] = i < 8 ? 64 : 0;
+    config.rows[i] = i < 8 ? 16 : 0;
+  }
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));  // the intrinsic does not tell the compiler that it reads all of it
+  for (int64_t i = 0; i < kRounds; ++i) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_release();
+}
+#endif
 
 #if defined(__AVX512VNNI__)
 using Vector = __m512i;
@@ -95,12 +126,18 @@ int main(int argc, char** argv) {
   });
   const double bytes = static_cast<double>(part) * threads * 8;
 #if defined(QWIX_KEEP)
-  const double time = seconds(threads, 3, multiply);
-  const double products = static_cast<double>(kRounds) * kSums * kProducts * threads / time;
+  const char* instruction = kInstruction;
+  double products = static_cast<double>(kRounds) * kSums * kProducts * threads / seconds(threads, 3, multiply);
+#if defined(__AMX_INT8__) && defined(__linux__)
+  if (has_tiles()) {
+    instruction = "tdpbssd, 16384 products";
+    products = static_cast<double>(kRounds) * 4 * kTileProducts * threads / seconds(threads, 3, multiply_tiles);
+  }
+#endif
 #else
-  const char* kInstruction = "none known";
+  const char* instruction = "none known";
   const double products = 0;
 #endif
   std::printf("{\"threads\": %d, \"read_gb_s\": %.2f, \"int8_gmac_s\": %.1f, \"instruction\": \"%s\", \"sum\": %ld}\n",
-              threads, bytes / read / 1e9, products / 1e9, kInstruction, static_cast<long>(sums[0] % 2));
+              threads, bytes / read / 1e9, products / 1e9, instruction, static_cast<long>(sums[0] % 2));
 }

@@ -163,7 +163,7 @@ struct Simd {
     const __m256i mask = _mm256_set1_epi8(0x7f), most = _mm256_set1_epi8(kFormat == kE4M3 ? 0x7e : 0x7b);
     const __m256i a = _mm256_cmpgt_epi8(_mm256_and_si256(v.a, mask), most);
     const __m256i any = _mm256_or_si256(a, _mm256_cmpgt_epi8(_mm256_and_si256(v.b, mask), most));
-    return _mm256_testz_si256(any, any);
+    return _mm256_movemask_epi8(any) == 0;
   }
   // fp8 of bits [shift, shift + 8) of each column's 32, finite. Relies on denormals being honoured.
   template <Format kFormat, int kShift>
@@ -231,7 +231,9 @@ struct Simd {
   // v, in a register before anything that follows is computed: with all products of a step first, GCC 12 has not
   // registers enough, and keeps sums in memory.
   static __m256i settled(__m256i v) {
+#if !defined(QWIX_EMULATED)
     __asm__ volatile("" : "+x"(v));
+#endif
     return v;
   }
 

@@ -104,7 +104,19 @@ struct Simd {
     return {_mm512_mul_ps(_mm512_castsi512_ps(all), _mm512_set1_ps(kE4 ? 0x1p120f : 0x1p112f))};
   }
 
-  static constexpr bool kFiniteFp8 = false;
+  static constexpr bool kFiniteFp8 = true;
+  template <Format kFormat>
+  static bool is_finite(Bytes x) {
+    const __m512i special = _mm512_set1_epi8(kFormat == kE4M3 ? 0x7f : 0x7c);
+    return _mm512_cmpeq_epi8_mask(_mm512_and_si512(x.v, special), special) == 0;
+  }
+  template <Format kFormat, int kShift>
+  static Floats fp8_finite(Bytes x) {
+    constexpr bool kE4 = kFormat == kE4M3;
+    const __m512i top = kShift == 24 ? x.v : _mm512_slli_epi32(x.v, 24 - kShift);
+    const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, kE4 ? 4 : 3), _mm512_set1_epi32(kE4 ? 0x87f00000 : 0x8fe00000));
+    return {_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(kE4 ? 0x1p120f : 0x1p112f))};
+  }
   static constexpr bool kFourK = false;
 
   template <bool kFull>

@@ -58,7 +58,7 @@ float normalizer(float magnitude) {
 
 // 16 bfloat16 to out, those of `count` numbers.
 void store_bf16(char* out, __m512i upper_halves, int64_t count) {
-  const __m256i part = _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper_halves, 16));
+  const __m256i part = _mm512_cvtsepi32_epi16(_mm512_srai_epi32(upper_halves, 16));
   if (count == 16) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), part);
   } else {
@@ -73,7 +73,7 @@ void split(Floats x, int parts, int64_t count, char* out, int64_t stride) {
   const __m512i exponent = _mm512_set1_epi32(0x7f800000), upper = _mm512_set1_epi32(-65536);
   __m512i bits = _mm512_castps_si512(x.v);
   // Of inf and NaN there is one part; what is left of a NaN in the upper half has to be one.
-  const __mmask16 finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(bits, exponent), exponent);
+  const __mmask16 finite = ~_mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, exponent), exponent);
   const __mmask16 nan = _mm512_cmpgt_epi32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)), exponent);
   bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x400000));
   for (int p = 0; p < parts; ++p, out += stride) {
