@@ -145,8 +145,8 @@ def matmul(
     none = functools.partial(jnp.zeros, (0,))  # no constant, which would be a parameter of a partitioned call
     rows, k = x.shape[-2:]
     padded = -(-tile // 8) * 8
-    # The rows of x as the kernels want them: floats, or three bfloat16 each, in chunks of 32 k; or codes with a header. And
-    # two numbers for each tile.
+    # The rows of x as the kernels want them: floats, or three bfloat16 each, in chunks of 32 k; or codes with a header.
+    # And two numbers for each tile.
     in_chunks = padded if padded <= 32 else -(-padded // 32) * 32
     tile_bytes = max(4 * padded, 6 * in_chunks) if mode == FLOAT else 3 * padded
     row_bytes = k // tile * (tile_bytes + 8) + 128

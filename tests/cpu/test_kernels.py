@@ -163,7 +163,10 @@ def test_rows_without_a_finite_range(kernel: int) -> None:
 
 
 @hypothesis.given(
-    m=st.sampled_from([1, 4, 5, 9, 37]), k=st.integers(1, 70), n=st.integers(1, 40), scale=st.sampled_from([1e-20, 1, 1e15])
+    m=st.sampled_from([1, 4, 5, 9, 37]),
+    k=st.integers(1, 70),
+    n=st.integers(1, 40),
+    scale=st.sampled_from([1e-20, 1, 1e15]),
 )
 @hypothesis.settings(max_examples=12)
 def test_any_shape_and_scale(m: int, k: int, n: int, scale: float) -> None:
