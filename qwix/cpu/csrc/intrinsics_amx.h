@@ -20,8 +20,8 @@ static_assert(sizeof(TileConfig) == 64);
 
 struct Tiles {
 #if !defined(QWIX_EMULATED)
-  // In assembly, as GCC 12 takes no template parameters for its intrinsics. It does not know of the memory that a tile is
-  // loaded from: a fence stands between that and what is written there.
+  // In assembly, as GCC 12 takes no template parameters for its intrinsics. It does not know of the memory that a
+  // tile is loaded from: a fence stands between that and what is written there.
   static void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
   static void release() { __asm__ volatile("tilerelease" ::: "memory"); }
   static void fence() { __asm__ volatile("" ::: "memory"); }

@@ -67,8 +67,8 @@ inline void pause() {
 #endif
 }
 
-// Where a thread of the pool that has helped waits a moment for more to do. A sleeping thread takes 50 microseconds and more
-// to wake, as long as a layer of a small model takes; the next one most often comes sooner.
+// Where a thread of the pool that has helped waits a moment for more to do. A sleeping thread takes 50 microseconds
+// and more to wake, as long as a layer of a small model takes; the next one most often comes sooner.
 class Lingering {
  public:
   // Lets lingering threads take part in work, and says how many there are.

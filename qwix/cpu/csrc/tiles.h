@@ -1,10 +1,11 @@
-// Products of two rows or more on AMX's tiles, see intrinsics_amx.h. A step of a packed block, four bytes of k for each of 16
-// columns, is a row of the tile that AMX multiplies with.
+// Products of more than 8 rows on AMX's tiles, see intrinsics_amx.h. 16 steps of a packed block, each four bytes of k
+// for each of 16 columns, are a tile as AMX multiplies with it.
 //
-// Integers are multiplied as bytes: int8 as it is packed, unsigned, straight from there; others signed. Floats are multiplied in bfloat16 without losing anything of float32:
-// a float32 is the sum of three bfloat16, of 8 bits each (cut off, not rounded); a quantized weight (but for nf4's) is
-// one as it is, its scale comes after. So three products, exact in float32, make one, and of nf4, which has three
-// parts too, the six of at least 2^-16 of it.
+// Integers are multiplied as bytes: int8 as it is packed, unsigned, straight from there; others signed. Floats are
+// multiplied in bfloat16 without losing anything of float32: a float32 is the sum of three bfloat16, of 8 bits each
+// (cut off, not rounded); a quantized weight (but for nf4's) is one as it is, its scale comes after. So three
+// products, exact in float32, make one; and of nf4, which has three parts too, the six that are not below 2^-21 of
+// it.
 
 #include <algorithm>
 #include <cstdint>
@@ -199,7 +200,8 @@ inline __attribute__((always_inline)) void nibble_step(const uint8_t* codes, con
   }
 }
 
-// A part of a block as tiles are loaded from it: chunk after chunk (of each the parts), those of a tile padded with zeros.
+// A part of a block as tiles are loaded from it: chunk after chunk (of each the parts), those of a tile padded with
+// zeros.
 template <Format kFormat, bool kIntegers, int kParts>
 void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part& part, uint8_t* panel) {
   const int64_t chunk_steps = chunks.k / step_k(kFormat);
@@ -258,7 +260,8 @@ inline void add_tiles() {
   }
 }
 
-// Adds the products of a chunk of one group of rows, or of two `group_bytes` apart, and one block, or two `panel_bytes` apart.
+// Adds the products of a chunk of one group of rows, or of two `group_bytes` apart, and one block, or two
+// `panel_bytes` apart.
 template <Format kFormat, bool kIntegers, int kXParts, int kWParts, int kBlocks, int kGroups>
 inline __attribute__((always_inline)) void add_chunk(const char* acts, int64_t act_bytes, int64_t row_bytes,
                                                      int64_t group_bytes, const uint8_t* panel, int64_t panel_bytes) {
@@ -280,7 +283,8 @@ inline __attribute__((always_inline)) void add_chunk(const char* acts, int64_t a
   }
 }
 
-// What of the weight is wanted next, of blocks beside each other: fetched a little with each chunk, so that memory has time.
+// What of the weight is wanted next, of blocks beside each other: fetched a little with each chunk, so that memory
+// has time.
 struct Next {
   const uint8_t* data;
   int64_t lines, block_bytes, blocks;  // of 64 bytes, in a block
@@ -420,8 +424,8 @@ void tile_product(const Job& job, const Range& range, char* workspace) {
     }
   };
   const int64_t passes = (rows + 2 * kTileRows - 1) / (2 * kTileRows);  // over the codes of two blocks
-  // One group of rows reads two blocks from end to end; more of them take a part of some blocks in turn, as activations fill
-  // the cache.
+  // One group of rows reads two blocks from end to end; more of them take a part of some blocks in turn, as activations
+  // fill the cache.
   const int64_t blocks_of_pass = rows <= kTileRows ? 2 : kBlocksOfTilePass;
   for (int64_t start = range.block; start < range.block_end; start += blocks_of_pass) {
     const int64_t end = std::min(range.block_end, start + blocks_of_pass);
@@ -429,8 +433,8 @@ void tile_product(const Job& job, const Range& range, char* workspace) {
       const int64_t first = (part.tile * job.steps_of_tile() + part.step) * kStepBytes, lines = part.steps();
       const int64_t iterations = passes * std::max<int64_t>(1, lines * step_k(kFormat) / chunks.k);
       for (int64_t block = start; block < end; block += 2) {
-        // The same part of the next blocks; or the next part of the first ones; or the next blocks. Of one group of rows what
-        // comes a little later.
+        // The same part of the next blocks; or the next part of the first ones; or the next blocks. Of one group of
+        // rows what comes a little later.
         const int64_t next_block = block + 2 < end ? (block + 2) * stride : part.last ? end * stride - first
                                                                           : start * stride + lines * kStepBytes;
         const bool is_end = part.last && block + 2 >= range.block_end;
