@@ -50,37 +50,35 @@ def run(model, batches, **kwargs):
     )
 
 
-def by_hand(model, batches):
-    """Dequantized weights, by sequential GPTQ with NumPy's Hessians."""
+def check(result, model, batches):
+    """Each weight is GPTQ's of its statistic, and that is of the inputs that the quantized earlier weights give it.
+
+    One after the other from what the run found: from float64 inputs alone, a code that is nearly a tie may be another,
+    and all later weights with it.
+    """
     how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes={1: 4})
-    found = {}
     states = [np.asarray(x, np.float64) for x in batches]
-
-    def one(w, inputs):
-        h = sum(x.T @ x for x in inputs) / len(inputs)
-        q, _ = gptq_core.quantize_weight(jnp.asarray(w).T, jnp.asarray(h, jnp.float32), how)
-        return np.asarray(qarray.dequantize(q)).T
-
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
-    for i, block in enumerate(model.blocks):
-        a, b = (one(m.kernel[...], states) for m in (block.a, block.b))
-        inner = [silu(x @ a) * (x @ b) for x in states]
-        c = one(block.c.kernel[...], inner)
-        states = [x + y @ c for x, y in zip(states, inner, strict=True)]
-        found[i] = (a, b, c)
-    return found
+    for i, block in enumerate(result.model.blocks):
+        found = {name: np.asarray(getattr(block, name).kernel, np.float64) for name in "abc"}
+        inner = [silu(x @ found["a"]) * (x @ found["b"]) for x in states]
+        for name, inputs in {"a": states, "b": states, "c": inner}.items():
+            stats = result.quant_stats["blocks"][i][name]["kernel_gptq"]
+            hessian = np.asarray(stats["sum_of_hessian"]) / int(stats["count"])
+            want = sum(x.T @ x for x in inputs) / len(inputs)
+            np.testing.assert_allclose(hessian, want, atol=1e-5 * np.abs(want).max())
+            q, _ = gptq_core.quantize_weight(getattr(model.blocks[i], name).kernel[...].T, jnp.asarray(hessian), how)
+            np.testing.assert_allclose(found[name].T, qarray.dequantize(q), atol=1e-5)
+        states = [x + y @ found["c"] for x, y in zip(states, inner, strict=True)]
 
 
 def test_equals_running_the_model_anew_for_each_stage():
     model, batches = Net(), [normal(16, 8), normal(16, 8, seed=1)]
     done = []
-    result = run(model, iter(batches), progress=lambda *x: done.append(x))
+    result = run(model, iter(batches), progress=lambda *x: done.append(x), keep_stats=True)
     assert [len(stage) for stage in result.stages] == [2, 1] * 3
     assert done[-1] == (6, 6) and result.stages[0] == (("blocks", "0", "a", "kernel"), ("blocks", "0", "b", "kernel"))
-    for i, want in by_hand(model, batches).items():
-        block = result.model.blocks[i]
-        for found, w in zip((block.a, block.b, block.c), want, strict=True):
-            np.testing.assert_allclose(jnp.asarray(found.kernel), w, atol=1e-5)
+    check(result, model, batches)
     # A copy was quantized, and it runs.
     assert model.blocks[0].a.kernel.dtype == jnp.float32
     assert result.model(batches[0]).shape == (16, 8)
@@ -135,9 +133,7 @@ def test_statistics_are_sharded_like_their_weight():
     result = run(model, [normal(16, 8)], keep_stats=True)
     stat = result.quant_stats["blocks"][1]["c"]["kernel_gptq"]["sum_of_hessian"]
     assert stat.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, jax.P("model", None)), 2)
-    np.testing.assert_allclose(
-        jnp.asarray(result.model.blocks[1].c.kernel), by_hand(Net(), [normal(16, 8)])[1][2], atol=1e-5
-    )
+    check(result, Net(), [normal(16, 8)])
     observed = qwix.quantize_model(model, gptq.GptqCalibrationProvider(RULES), normal(16, 8))
     observed(normal(16, 8))
     eager = observed.blocks[1].c.kernel_gptq.get_value()["sum_of_hessian"]

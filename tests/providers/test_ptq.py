@@ -426,6 +426,21 @@ def test_embedding_that_is_only_looked_up_stays_in_float():
     assert isinstance(quantized.embedding, nnx.Param)
 
 
+def test_numpy_takes_a_quantized_weight_for_the_float_one():
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    weight = qwix.quantize_model(model, provider(), jnp.ones((1, 8))).kernel
+    want = np.asarray(qwix.dequantize(weight.array))
+    found = np.asarray(weight, np.float64)
+    assert found.dtype == np.float64 and np.asarray(weight).dtype == np.float32
+    np.testing.assert_array_equal(found, want)
+    x = np.arange(8, dtype=np.float32)[None]
+    for result in (x @ weight, x.T * weight):
+        assert isinstance(result, jax.Array)
+    np.testing.assert_allclose(x @ weight, x @ want, rtol=1e-5)
+    with pytest.raises(ValueError, match="as a copy only"):
+        np.array(weight, copy=False)
+
+
 # --- layers of Flax -------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwix._src import nnx_nodes, provenance
 from qwix._src.core import pytree, qarray
@@ -43,6 +44,8 @@ class WithAux(Generic[ArrayTypeVar]):
     how: qarray.HowToQuantize = pytree.static()
 
     replace: ClassVar[Callable[..., WithAux]]  # array_structure adds it
+
+    __array_priority__: ClassVar[int] = 100  # operators of it and a NumPy array are its own, as a jax.Array's
 
     @property
     def value(self) -> WithAux[ArrayTypeVar]:
@@ -161,6 +164,12 @@ class WithAux(Generic[ArrayTypeVar]):
     def __jax_array__(self) -> jax.Array:
         """The float weight, for functions that know nothing of quantization."""
         return qarray.dequantize(self.value.array)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The same for NumPy, which would make an array of one object of it."""
+        if copy is False:
+            raise ValueError("A quantized weight becomes a float array as a copy only.")
+        return np.asarray(self.__jax_array__(), dtype)
 
 
 def concatenate_qarrays(arrays: Sequence[qarray.QArray], axis: int) -> qarray.QArray:
