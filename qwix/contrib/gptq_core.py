@@ -177,8 +177,23 @@ def inverse_factor(H: jax.Array, act_order: bool, percdamp: jax.Array) -> tuple[
         return attempts + 1, share, lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
 
     _, share, L = lax.while_loop(failed, attempt, (0, percdamp, H))
-    inverse = lax.linalg.triangular_solve(L, jnp.eye(H.shape[0], dtype=H.dtype), left_side=True, lower=True)
-    return inverse.T[::-1, ::-1], share
+    return _inverse_of_lower(L).T[::-1, ::-1], share
+
+
+def _inverse_of_lower(L: jax.Array) -> jax.Array:
+    """Inverse of a lower triangular matrix, halves at a time: [[A, 0], [B, C]] has [[A', 0], [-C' B A', C']].
+
+    A solve with the identity for the right side knows nothing of the half of it that stays 0.
+    """
+    n = L.shape[0]
+    if n <= 512:
+        return lax.linalg.triangular_solve(L, jnp.eye(n, dtype=L.dtype), left_side=True, lower=True)
+    half = 512
+    while 2 * half < n:
+        half *= 2
+    A, C = _inverse_of_lower(L[:half, :half]), _inverse_of_lower(L[half:, half:])
+    B = -C @ (L[half:, :half] @ A)
+    return jnp.block([[A, jnp.zeros((half, n - half), L.dtype)], [B, C]])
 
 
 def _diagonal(H: jax.Array) -> jax.Array:

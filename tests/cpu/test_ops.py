@@ -62,6 +62,7 @@ def rows_with(kind: str, m: int, k: int) -> jax.Array:
     kind=st.sampled_from(["normal", "zero", "tiny", "huge", "nan", "inf"]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
+@hypothesis.example(1, 24, 3, "int8", "minmax", None, "float", "inf", jnp.float32)  # inf - inf of a zero point
 @hypothesis.settings(max_examples=20)
 def test_any_product_is_that_of_the_unpacked_weight(
     m: int, k: int, n: int, what: str, method: str, tile: int | None, act: str, kind: str, dtype: Any

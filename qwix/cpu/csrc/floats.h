@@ -58,8 +58,9 @@ Floats signed_zeros(const Job& job, int64_t block, int64_t tile) {
   return Simd::to_float(Simd::isub(load_zeros(job, block, tile), Simd::iset(code_of_zero(job.format))));
 }
 
-// A group of a few rows, straight from the codes.
-template <Format kFormat, int kRows>
+// A group of a few rows, straight from the codes. Zero points are taken off each number, not off the sum: of an infinite
+// activation that would be inf - inf.
+template <Format kFormat, bool kAsymmetric, int kRows>
 void float_rows(const Job& job, int64_t block, int64_t row) {
   constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // sums in parallel, to hide the latency of fma
   const int64_t steps = job.steps_of_tile();
@@ -72,9 +73,11 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
     for (auto& set : sums) {
       for (Floats& v : set) v = Simd::fset(0);
     }
+    const Floats zeros = kAsymmetric ? signed_zeros(job, block, t) : Simd::fset(0);
     for (int64_t s = 0; s < steps; ++s, codes += kStepBytes, x += step_k(kFormat) * kRows) {
       prefetch(codes, kStreamAhead);
       each_k<kFormat>(codes, [&](auto j, Floats w) __attribute__((always_inline)) {
+        if constexpr (kAsymmetric) w = Simd::fsub(w, zeros);
         for (int r = 0; r < kRows; ++r) {
           Floats& sum = sums[j % kSets][r];
           sum = Simd::fma(w, Simd::fset(x[j * kRows + r]), sum);
@@ -83,16 +86,9 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
     }
     Floats scale = load_scale(job, block, t);
     if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
-    const bool asymmetric = is_integer(kFormat) && job.zeros != nullptr;
-    const Floats zeros = asymmetric ? signed_zeros(job, block, t) : Simd::fset(0);
     for (int r = 0; r < kRows; ++r) {
       Floats sum = sums[0][r];
       for (int i = 1; i < kSets; ++i) sum = Simd::fadd(sum, sums[i][r]);
-      if (asymmetric) {
-        float row_sum;
-        std::memcpy(&row_sum, &job.row_sum[(row + r) * job.tiles + t], 4);
-        sum = Simd::fsub(sum, Simd::fmul(zeros, Simd::fset(row_sum)));
-      }
       out[r] = Simd::fma(sum, scale, out[r]);
     }
   }
@@ -172,7 +168,11 @@ void float_product(const Job& job, const Range& range, char* workspace) {
         }
       }
       with_size<Simd::kFewRows>(range.end - range.begin, [&](auto count) {
-        float_rows<kFormat, decltype(count)::value>(job, block, range.begin);
+        constexpr int kRows = decltype(count)::value;
+        if constexpr (is_integer(kFormat)) {
+          if (job.zeros != nullptr) return float_rows<kFormat, true, kRows>(job, block, range.begin);
+        }
+        float_rows<kFormat, false, kRows>(job, block, range.begin);
       });
     }
     return;

@@ -52,7 +52,7 @@ struct Job {
   char* rows;
   int64_t row_stride;  // bytes
   float* row_scale;    // (m, tiles)
-  int32_t* row_sum;    // (m, tiles): of codes in integer modes, of floats (as float) in float mode
+  int32_t* row_sum;    // (m, tiles): of codes, in integer modes
 
   bool integer() const { return mode != Mode::kFloat; }
   int64_t padded_k() const { return tiles * padded_tile; }
@@ -103,7 +103,7 @@ struct Kernels {
 
 // Whether `prepare` has anything to do: a single row of floats lies as it is read.
 inline bool needs_prepare(const Job& job) {
-  return job.m > 1 || job.integer() || job.x_type != Type::kF32 || job.padded_tile != job.tile || job.zeros != nullptr;
+  return job.m > 1 || job.integer() || job.x_type != Type::kF32 || job.padded_tile != job.tile;
 }
 
 }  // namespace qwix

@@ -196,19 +196,13 @@ void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
 // Floats of a row of a group, to out, out + stride, ...
 void prepare_floats(const Job& job, int64_t row, float* out, int64_t stride) {
   for (int64_t t = 0; t < job.tiles; ++t) {
-    Floats sum = Simd::fset(0);
     for (int64_t i = 0; i < job.padded_tile; i += 16) {
       const Floats x = load_x(job, row, t * job.tile + i, std::clamp<int64_t>(job.tile - i, 0, 16));
-      sum = Simd::fadd(sum, x);
       float lanes[16];
       Simd::fstore(lanes, x);
       const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
       for (int64_t j = 0; j < left; ++j, out += stride) *out = lanes[j];
     }
-    float lanes[16], all = 0;
-    Simd::fstore(lanes, sum);
-    for (float lane : lanes) all += lane;
-    std::memcpy(&job.row_sum[row * job.tiles + t], &all, 4);
   }
 }
 
@@ -307,31 +301,32 @@ void prepare_group(const Job& job, int64_t first, int64_t rows) {
 
 // Where results of a block go: the columns that exist of it, with bias.
 struct Output {
-  const Job& job;
-  int64_t count, at;  // columns; the first one of all leads
+  Type type;
+  int64_t count, stride, at;  // columns; results of a row; the first column of all leads
+  void* y;
+  const float* bias;
 
-  Output(const Job& job, int64_t block) : job(job) {
-    const int64_t lead = block / job.blocks, column = block % job.blocks * kColumns;
+  Output(const Job& job, int64_t block) : type(job.y_type), stride(job.leads * job.n), y(job.y), bias(job.bias) {
+    const int64_t column = block % job.blocks * kColumns;
     count = std::min(kColumns, job.n - column);
-    at = lead * job.n + column;
+    at = block / job.blocks * job.n + column;
   }
 
   // (By reference: GCC 12 passes registers by value on a stack that it has not aligned for them.)
   void store(int64_t row, const Floats& sum) const {
-    const int64_t out = row * job.leads * job.n + at;
-    if (job.y_type == Type::kF32 && count == kColumns) {
-      const bool biased = job.bias != nullptr;
-      Simd::fstore(static_cast<float*>(job.y) + out, biased ? Simd::fadd(sum, Simd::fload(job.bias + at)) : sum);
+    const int64_t out = row * stride + at;
+    if (type == Type::kF32 && count == kColumns) {
+      Simd::fstore(static_cast<float*>(y) + out, bias != nullptr ? Simd::fadd(sum, Simd::fload(bias + at)) : sum);
       return;
     }
     float lanes[16];
     Simd::fstore(lanes, sum);
     for (int64_t i = 0; i < count; ++i) {
-      const float y = job.bias == nullptr ? lanes[i] : lanes[i] + job.bias[at + i];
-      if (job.y_type == Type::kF32) {
-        static_cast<float*>(job.y)[out + i] = y;
+      const float result = bias == nullptr ? lanes[i] : lanes[i] + bias[at + i];
+      if (type == Type::kF32) {
+        static_cast<float*>(y)[out + i] = result;
       } else {
-        static_cast<uint16_t*>(job.y)[out + i] = to_bf16(y);
+        static_cast<uint16_t*>(y)[out + i] = to_bf16(result);
       }
     }
   }

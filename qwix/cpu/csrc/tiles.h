@@ -317,11 +317,6 @@ void tile_rows(const Job& job, const Chunks& chunks, int64_t block, int64_t row,
     }
   };
   auto waiting_of = [&](int group, int b) { return waiting + b * sums_of_block + group * kTileRows; };
-  if (part.first) {
-    each_sum([&](auto, int group, int b) {
-      for (int64_t r = 0; r < rows; ++r) Simd::fstore(waiting_of(group, b)[r].floats, Simd::fset(0));
-    });
-  }
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     const char* acts = job.rows + row * job.row_stride + (t * chunks.count + first) * kXParts * act_bytes;
     if (part.step == 0) {
@@ -350,10 +345,18 @@ void tile_rows(const Job& job, const Chunks& chunks, int64_t block, int64_t row,
       const int64_t at = (row + group * kTileRows) * job.tiles + t;
       const float* row_scale = job.row_scale + at;
       const int32_t* row_sum = job.row_sum + at;
+      const Output output(job, block + b);
+      // Sums wait for those of the next tile of k, and those of the last one are results.
+      const bool is_first = t == 0, is_last = t + 1 == job.tiles;
       auto finish = [&](auto sum_of) __attribute__((always_inline)) {
         for (int64_t r = 0; r < rows; ++r) {
-          const Floats scaled = Simd::fmul(sum_of(r), Simd::fset(row_scale[r * job.tiles]));
-          Simd::fstore(out[r].floats, Simd::fma(scaled, scale, Simd::fload(out[r].floats)));
+          Floats sum = Simd::fmul(Simd::fmul(sum_of(r), Simd::fset(row_scale[r * job.tiles])), scale);
+          if (!is_first) sum = Simd::fadd(sum, Simd::fload(out[r].floats));
+          if (is_last) {
+            output.store(row + group * kTileRows + r, sum);
+          } else {
+            Simd::fstore(out[r].floats, sum);
+          }
         }
       };
       auto finish_integers = [&](auto correction) __attribute__((always_inline)) {
@@ -374,13 +377,6 @@ void tile_rows(const Job& job, const Chunks& chunks, int64_t block, int64_t row,
       }
     });
   }
-  if (!part.last) return;
-  each_sum([&](auto, int group, int b) {
-    const Output output(job, block + b);
-    for (int64_t r = 0; r < rows; ++r) {
-      output.store(row + group * kTileRows + r, Simd::fload(waiting_of(group, b)[r].floats));
-    }
-  });
 }
 
 template <Format kFormat, bool kIntegers, int kXParts>
@@ -413,7 +409,9 @@ void tile_product(const Job& job, const Range& range, char* workspace) {
       const int64_t group = std::min(kTileRows, range.end - row);
       size = both ? 2 * kTileRows : group;
       if (group != configured) configure(chunks, configured = group);
-      Waiting* of_group = sums + (row - range.begin);
+      // Of a part that is all there is nothing waits for long, so that the same few do.
+      const bool whole = part.first && part.last;
+      Waiting* of_group = whole ? sums : sums + (row - range.begin);
       if (both) {
         tile_rows<kFormat, kIntegers, kXParts, kWParts, kBlocks, kBlocks>(job, chunks, block, row, group, part, codes,
                                                                          codes_of_block, next, of_group, rows);
