@@ -16,10 +16,25 @@ import numpy as np
 
 from qwix.cpu import build
 
-MATMUL, ATTENTION = "qwix_cpu_matmul", "qwix_cpu_attention"
+MATMUL, ATTENTION, DENSE_ATTENTION = "qwix_cpu_matmul", "qwix_cpu_attention", "qwix_cpu_dense_attention"
 
 # Of `matmul`; the numbers are those of `Mode` in csrc/job.h.
 FLOAT, DYNAMIC, QUANTIZED = range(3)
+
+# What `matmul` may apply to its results; the numbers are those of `Activation` in csrc/job.h.
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+
+
+def activate(x: jax.Array, activation: str | None) -> jax.Array:
+    """An activation function on XLA: one of `ACTIVATIONS`."""
+    functions: dict[str | None, Any] = {
+        None: lambda x: x,
+        "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    }
+    return functions[activation](x)
 
 
 @functools.cache
@@ -58,7 +73,7 @@ def _register(path: pathlib.Path) -> tuple[str, ctypes.CDLL | None]:
     try:
         library = ctypes.CDLL(os.fspath(path))
         library.qwix_cpu_kernels.restype = ctypes.c_char_p
-        for target in (MATMUL, ATTENTION):
+        for target in (MATMUL, ATTENTION, DENSE_ATTENTION):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except Exception as error:  # XLA refuses a library of another FFI version with an error of its own
         return f"{path}: {error}", None
@@ -110,10 +125,11 @@ def matmul(
     columns: int,
     tile: int,
     factor: float = 1.0,
+    activation: str | None = None,
     dtype: np.dtype,
     kernel: int = 0,
 ) -> jax.Array:
-    """y[m, l n] = sum_k x[m, k] w[l, k, n] + bias, of a packed w. `packed.py` says what the arrays hold.
+    """y[m, l n] = f(sum_k x[m, k] w[l, k, n] + bias), of a packed w. `packed.py` says what the arrays hold.
 
     All arrays may have the same number of axes before those named here, a batch of products; where one has size 1
     there, it is the same in all of them.
@@ -130,6 +146,7 @@ def matmul(
       columns: N, of one lead.
       tile: how many k share a scale.
       factor: what DYNAMIC multiplies the largest magnitude of a tile with before it is mapped to 127.5.
+      activation: f, of `ACTIVATIONS`.
       dtype: of y, float32 or bfloat16.
       kernel: an index into `kernels()`, for tests.
 
@@ -170,6 +187,7 @@ def matmul(
         n=np.int64(columns),
         tile=np.int64(tile),
         factor=np.float32(factor),
+        activation=np.int64(ACTIVATIONS[activation]),
         kernels=np.int64(kernel),
     )
     return out
@@ -303,3 +321,59 @@ def _check_attention(query: Any, keys: Any, key_scale: Any, values: Any, value_s
     if not fits or not dtypes or any(x.dtype != np.float32 for x in scales.values() if x is not None):
         described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
         raise ValueError(f"the native attention has no use for {described}: see `attend` for what it takes")
+
+
+# `kMostDenseWidth` of csrc/job.h.
+MOST_DENSE_WIDTH = 256
+
+
+def attend_densely(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    *,
+    scale: float,
+    kernel: int = 0,
+) -> jax.Array:
+    """softmax(scale query . key + bias) value, each head by itself, of all queries to all keys.
+
+    Args:
+      query: (..., T, N, H) float32, H at most `MOST_DENSE_WIDTH`.
+      key: (..., S, K, H) float32, where K divides N and S > 0; N / K heads of the queries share one.
+      value: as the keys.
+      bias: (..., N or 1, T or 1, S) float32, or None. An axis before these three has size 1 or that of the query.
+      scale: of the products.
+      kernel: an index into `kernels()`, for tests.
+
+    Returns:
+      (..., T, N, H) float32.
+
+    Raises:
+      ValueError: a shape or a dtype is none of these.
+    """
+    given = {"query": query, "key": key, "value": value} | ({} if bias is None else {"bias": bias})
+    if not _fit_densely(query, key, value, bias) or any(x.dtype != np.float32 for x in given.values()):
+        described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
+        raise ValueError(f"the native attention has no use for {described}: see `attend_densely` for what it takes")
+    call = jax.ffi.ffi_call(DENSE_ATTENTION, jax.ShapeDtypeStruct(query.shape, np.float32), vmap_method="broadcast_all")
+    if bias is None:
+        bias = jnp.zeros((*query.shape[:-3], 0, 0, 0), np.float32)
+    return call(query, key, value, bias, scale=np.float32(scale), kernels=np.int64(kernel))
+
+
+def _fit_densely(query: Any, key: Any, value: Any, bias: Any) -> bool:
+    rank = query.ndim
+    if rank < 3 or key.ndim != rank or key.shape != value.shape or query.shape[:-3] != key.shape[:-3]:
+        return False
+    (queries, heads, width), (keys, key_heads, key_width) = query.shape[-3:], key.shape[-3:]
+    if width != key_width or width > MOST_DENSE_WIDTH or 0 in (keys, key_heads) or heads % key_heads:
+        return False
+    if bias is None:
+        return True
+    sizes = (*query.shape[:-3], heads, queries)
+    return (
+        bias.ndim == rank
+        and bias.shape[-1] == keys
+        and all(n in (1, size) for n, size in zip(bias.shape[:-1], sizes, strict=True))
+    )

@@ -39,6 +39,7 @@ class _Product:
     mode: int  # of `native`
     method: str  # calibration of mode DYNAMIC
     dtype: np.dtype  # of the result
+    activation: str | None = None
 
 
 def dot_general(
@@ -69,41 +70,163 @@ def dot_general(
 
 
 def matmul(
-    x: Any, weight: PackedQArray, bias: jax.Array | None = None, preferred_element_type: Any = None
+    x: Any,
+    weight: PackedQArray,
+    bias: jax.Array | None = None,
+    preferred_element_type: Any = None,
+    *,
+    activation: str | None = None,
 ) -> jax.Array:
-    """x W + b, where the bias is added before a result in bfloat16 is rounded, and in the kernel on a CPU.
-
-    (A layer that is quantized by its rules adds its bias after the op that is intercepted, where XLA fuses it with what
-    comes next.)
+    """f(x W + b), where b and f come before a result in bfloat16 is rounded, and in the kernel on a CPU.
 
     Args:
       x: (..., K), an array or a QArray.
       weight: packed, of shape (K, N).
       bias: (N,), or None.
       preferred_element_type: the result's dtype. Default: the promotion of those of x and of the weight.
+      activation: f: None, 'relu', 'silu', 'gelu' (the exact one) or 'gelu_tanh'.
 
     Returns:
       (..., N).
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: the shapes do not fit, or there is no such activation function.
 
     >>> w = packed.pack(qarray.quantize_api(jnp.eye(8), jnp.int8, channelwise_axes=(1,)))
-    >>> matmul(jnp.arange(8.0), w, jnp.ones(8)).round(1)[:3]
-    Array([1., 2., 3.], dtype=float32)
+    >>> matmul(jnp.arange(8.0) - 4, w, jnp.ones(8), activation="relu").round(1)
+    Array([0., 0., 0., 0., 1., 2., 3., 4.], dtype=float32)
     """
     if weight.ndim != 2 or x.shape[-1] != weight.shape[0] or (bias is not None and bias.shape != weight.shape[1:]):
         raise ValueError(
             f"x {tuple(x.shape)} times a weight {weight.shape}, with a bias of {None if bias is None else bias.shape}: "
             "they have to be (..., K), (K, N) and (N,)"
         )
+    _check_activation(activation)
     x_dims, w_dims = [(x.ndim - 1,), ()], [(0,), ()]
     dtype = operands.result_dtype(x, weight, preferred_element_type=preferred_element_type)
     if _fits(x, weight, w_dims, dtype):
-        return _dot(x, weight, x_dims, w_dims, dtype, bias)
+        return _dot(x, weight, x_dims, w_dims, dtype, bias, activation)
     dims = ((x_dims[0], w_dims[0]), ((), ()))
     out = core_dot_general.dot_general(qarray.unwrap(x), weight.plain(), dims, None, dtype)
-    return out if bias is None else (out + bias).astype(dtype)
+    return native.activate(out if bias is None else out + bias, activation).astype(dtype)
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation not in native.ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is none of {', '.join(map(repr, native.ACTIVATIONS))}")
+
+
+def linear(x: jax.Array, kernel: Any, bias: Any = None, *, activation: str | None = None) -> jax.Array:
+    """f(x W + b) of a layer: in one kernel where W is packed, its rule followed as for any `dot_general` of a model.
+
+    In a quantized model this is one op, which counts as the module's `dot_general`; a layer that calls it with its
+    kernel and bias runs as it would with `nnx.Linear`'s, but without the passes over memory for b and f.
+
+    Args:
+      x: (..., K) float.
+      kernel: (K, N), an array or what a quantized model has in the place of one.
+      bias: (N,), or None.
+      activation: f, see `matmul`.
+
+    Returns:
+      (..., N).
+
+    Raises:
+      ValueError: there is no such activation function.
+
+    >>> linear(jnp.ones((1, 2)), jnp.eye(2), jnp.array([1.0, -2.0]), activation="relu")
+    Array([[2., 0.]], dtype=float32)
+    """
+    _check_activation(activation)
+    return _linear(x, kernel, bias, activation)
+
+
+def _linear(x: jax.Array, kernel: Any, bias: Any, activation: str | None) -> jax.Array:
+    return unfused_linear(x, kernel, bias, activation)  # or what the provider of a running model has for it
+
+
+def unfused_linear(x: jax.Array, kernel: Any, bias: Any, activation: str | None) -> jax.Array:
+    """What `linear` is without a packed kernel: a `dot_general`, and the rest."""
+    out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return native.activate(out if bias is None else out + bias, activation)
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, by a kernel on a CPU: softmax(scale query . key + bias) value.
+
+    The kernel goes over parts of the keys with what it has of the softmax so far (FlashAttention, arXiv 2205.14135,
+    algorithm 1), and reads queries, keys and values as linear layers write them. It is for inference: there are no
+    gradients. On other platforms, without the library, for float64, and for heads wider than 256 it is JAX's own.
+
+    Args:
+      query: (..., T, N, H).
+      key: (..., S, K, H), where K divides N; N / K heads of the queries share one of the keys.
+      value: as the keys.
+      bias: (..., N or 1, T or 1, S), added to the scores.
+      mask: bool, of such a shape, true where a query sees a key.
+      scale: of the products. Default: 1 / sqrt(H).
+
+    Returns:
+      (..., T, N, H), in the dtype of the query.
+
+    Raises:
+      ValueError: the shapes do not fit.
+
+    >>> x = jnp.linspace(-1, 1, 24).reshape(1, 3, 2, 4)
+    >>> bool(jnp.allclose(dot_product_attention(x, x, x), jax.nn.dot_product_attention(x, x, x), atol=1e-6))
+    True
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    operands_ = (query, key, value, bias, mask)
+    if 0 in query.shape:
+        return jnp.zeros_like(query)
+    if not native.is_available() or query.shape[-1] > native.MOST_DENSE_WIDTH or query.dtype.itemsize > 4:
+        return _attention_on_xla(scale, *operands_)
+    return _attention(scale, *operands_)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attention(scale: float, *operands: jax.Array | None) -> jax.Array:
+    cpu, default = (functools.partial(f, scale) for f in (_attention_by_kernel, _attention_on_xla))
+    return lax.platform_dependent(*operands, cpu=cpu, default=default)
+
+
+@_attention.defjvp
+def _no_gradient_of_attention(scale: float, primals: Any, tangents: Any) -> Any:
+    del scale, primals, tangents
+    raise NotImplementedError(
+        "qwix.cpu.dot_product_attention has no gradients: differentiate jax.nn.dot_product_attention, or a model that "
+        "is not optimized for inference."
+    )
+
+
+def _attention_by_kernel(scale: float, query: Any, key: Any, value: Any, bias: Any, mask: Any) -> jax.Array:
+    if bias is not None:
+        bias = bias.astype(jnp.float32)
+    if mask is not None:  # as jax.nn has it: finite, so that a row that sees nothing has a mean
+        bias = jnp.where(mask, 0.0 if bias is None else bias, 0.7 * jnp.finfo(jnp.float32).min)
+    q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
+    return native.attend_densely(q, k, v, bias, scale=scale).astype(query.dtype)
+
+
+def _attention_on_xla(scale: float, query: Any, key: Any, value: Any, bias: Any, mask: Any) -> jax.Array:
+    lead = query.shape[:-3]
+    if len(lead) == 1:
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)
+    flat = [
+        None if x is None else jnp.broadcast_to(x, (*lead, *x.shape[-3:])).reshape(math.prod(lead), *x.shape[-3:])
+        for x in (query, key, value, bias, mask)
+    ]
+    out = jax.nn.dot_product_attention(*flat, scale=scale)  # type: ignore[arg-type]
+    return out.reshape(*lead, *out.shape[1:])
 
 
 def _fits(x: Any, weight: PackedQArray, w_dims: list[tuple[int, ...]], dtype: np.dtype) -> bool:
@@ -140,6 +263,7 @@ def _dot(
     w_dims: list[tuple[int, ...]],
     dtype: np.dtype,
     bias: jax.Array | None = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """(batch axes, other axes of x, other axes of the weight)."""
     layout, lead = weight.layout, len(weight.lead)
@@ -150,7 +274,7 @@ def _dot(
     order = [*x_batch, *x_rest, *x_contracted]
     mode, values, scale, method = _activations(x, order, len(x_contracted), weight)
     rest_shape = tuple(x.shape[axis] for axis in x_rest)
-    product = _Product(mode, method, dtype)
+    product = _Product(mode, method, dtype, activation)
 
     def rows(values: jax.Array, scale: jax.Array | None, weight: PackedQArray) -> jax.Array:
         values = values.reshape(-1, layout.k)
@@ -274,6 +398,7 @@ def _native(
         columns=layout.n,
         tile=layout.tile,
         factor=args[0] if args else 1.0,
+        activation=product.activation,
         dtype=_BFLOAT16 if product.dtype == _BFLOAT16 else _FLOAT32,
     )
     zeros = None if weight.zero_point is None else merge(weight.zero_point)
@@ -306,10 +431,11 @@ def _reference(
         assert scale is not None
         lhs = QArray(x, scale)
     dims = (((1,), (lead,)), ((), ()))
-    dtype = product.dtype if bias is None else np.promote_types(product.dtype, _FLOAT32)
+    is_plain = bias is None and product.activation is None
+    dtype = product.dtype if is_plain else np.promote_types(product.dtype, _FLOAT32)
     out = core_dot_general.dot_general(lhs, w, dims, preferred_element_type=dtype)
     out = out.reshape(x.shape[0], math.prod(out.shape[1:]))
-    return out if bias is None else (out + bias).astype(product.dtype)
+    return native.activate(out if bias is None else out + bias, product.activation).astype(product.dtype)
 
 
 # Of a convolution of floats, how many windows are cut out of the image to be rows. Of more, the copies cost more than

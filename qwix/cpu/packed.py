@@ -39,6 +39,7 @@ from jax.sharding import AxisType
 from qwix._src import nnx_nodes
 from qwix._src.core import numerics, pytree, qarray, tiling
 from qwix._src.core.qarray import QArray
+from qwix._src.providers.with_aux import WithAux
 from qwix.contrib.padded_ptq import PaddedQArray
 
 COLUMNS = 16
@@ -538,3 +539,12 @@ def _take_columns(array: PackedQArray, indices: Any) -> QArray:
 
     zeros = None if array.zero_point is None else _from_codes(shared(array.zero_point), array.qtype)
     return QArray(_from_codes(restore(codes, sizes), array.qtype), shared(array.scale), zeros, array.qtype)
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether a weight of a model, as its module holds it, is packed.
+
+    >>> is_packed(jnp.ones((2, 2)))
+    False
+    """
+    return isinstance(weight, WithAux) and isinstance(pytree.unwrap(weight).array, PackedQArray)

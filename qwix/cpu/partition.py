@@ -41,6 +41,7 @@ class Call(NamedTuple):
     columns: int
     tile: int
     factor: float
+    activation: str | None
     dtype: np.dtype
 
 
@@ -228,9 +229,9 @@ class _Cut:
                 given["x"], given["x_scale"] = _quantize(rows, call.factor, parts.k)
                 call = call._replace(mode=native.QUANTIZED)
         bias = given.pop("bias", None)
-        y = lax.psum(_product(call._replace(dtype=np.dtype(np.float32)), given), parts.k)
+        y = lax.psum(_product(call._replace(dtype=np.dtype(np.float32), activation=None), given), parts.k)
         y = y if bias is None else y + bias[:, None, :]
-        return y.astype(call.dtype)
+        return native.activate(y, call.activation).astype(call.dtype)
 
 
 def _quantize(x: jax.Array, factor: float, names: Any) -> tuple[jax.Array, jax.Array]:

@@ -26,13 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qwix import cpu
+from qwix._src import qconfig
 from qwix.interop.safetensors import CheckpointError, read_tensors
 
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
+# What `hidden_act` says, and its name in qwix.cpu.
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
 
 # Tensors of a Hugging Face BERT checkpoint that a sentence encoder has no use for.
 UNUSED_TENSORS = ("embeddings.position_ids", "pooler.", "cls.")
@@ -100,31 +99,48 @@ class BertEmbeddings(nnx.Module):
         return self.norm(self.word(input_ids) + self.position(positions) + self.token_type(segments))
 
 
+class Linear(nnx.Linear):
+    """A linear layer; with bias and activation function in one kernel where its weight is packed for the CPU."""
+
+    def __call__(self, x: jax.Array, activation: str | None = None) -> jax.Array:
+        if cpu.is_packed(self.kernel):
+            return cpu.linear(x, self.kernel, self.bias, activation=activation)
+        return cpu.activate(super().__call__(x), activation)
+
+
 class BertAttention(nnx.Module):
     """Multi-head self-attention over the tokens that `mask` marks."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nnx.Linear(width, width, rngs=rngs)
-        self.key = nnx.Linear(width, width, rngs=rngs)
-        self.value = nnx.Linear(width, width, rngs=rngs)
-        self.output = nnx.Linear(width, width, rngs=rngs)
+        self.query = Linear(width, width, rngs=rngs)
+        self.key = Linear(width, width, rngs=rngs)
+        self.value = Linear(width, width, rngs=rngs)
+        self.output = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         batch, length, width = x.shape
-        size = width // self.num_heads
+        shape = (batch, length, self.num_heads, width // self.num_heads)
+        query, key, value = (linear(x).reshape(shape) for linear in (self.query, self.key, self.value))
+        rule = qconfig.get_current_rule("einsum")
+        is_quantized = rule is not None and rule.act_qtype is not None
+        if cpu.is_packed(self.query.kernel) and not is_quantized:
+            mixed = cpu.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
+        else:
+            mixed = self.mix(query, key, value, mask)
+        return self.output(mixed.reshape(batch, length, width))
+
+    def mix(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        """Softmax attention on XLA, of (batch, length, heads, size)."""
         # Heads before tokens, and the softmax's division after the sum of values, are quicker on a CPU.
-        query, key, value = (
-            linear(x).reshape(batch, length, self.num_heads, size).swapaxes(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query * size**-0.5, key)
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
         # The lowest finite number and not -inf: a row that is all padding stays finite.
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value) / weights.sum(axis=-1)[..., None]
-        return self.output(mixed.swapaxes(1, 2).reshape(batch, length, width))
+        return mixed.swapaxes(1, 2)
 
 
 class BertLayer(nnx.Module):
@@ -135,13 +151,13 @@ class BertLayer(nnx.Module):
         self.activation = config.hidden_act
         self.attention = BertAttention(config, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
-        self.up = nnx.Linear(width, config.intermediate_size, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, width, rngs=rngs)
+        self.up = Linear(width, config.intermediate_size, rngs=rngs)
+        self.down = Linear(config.intermediate_size, width, rngs=rngs)
         self.output_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = self.attention_norm(x + self.attention(x, mask))
-        hidden = ACTIVATIONS[self.activation](self.up(x))
+        hidden = self.up(x, ACTIVATIONS[self.activation])
         return self.output_norm(x + self.down(hidden))
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -146,6 +147,49 @@ def test_bias_bfloat16_output_and_calibration_factor(kernel: int) -> None:
     how = HowToQuantize(qtype="int8", channelwise_axes=(0,), calibration_method="absmax,0.5")
     y = run(x, packed.pack(q), native.DYNAMIC, kernel, factor=0.5)
     np.testing.assert_allclose(y, in_float64(qarray.quantize(x, how)) @ in_float64(q), rtol=1e-4, atol=1e-4)
+
+
+ACTIVATIONS = {
+    "relu": lambda x: max(x, 0.0),
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: 0.5 * x * math.erfc(-x / math.sqrt(2)),
+    "gelu_tanh": lambda x: x / (1 + math.exp(min(700, -2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_functions(kernel: int, activation: str) -> None:
+    """Of numbers that a weight of ones on the diagonal leaves as they are, to some units in the last place."""
+    identity = qarray.QArray(jnp.eye(20, dtype=jnp.int8), jnp.ones((1, 20), jnp.float32))
+    p = packed.pack(identity, (0,))
+    x = np.linspace(-10, 10, 20 * 23, dtype=np.float32)
+    x[:8] = [0.0, -0.0, 1e-30, -1e-6, 1e-6, 87.0, 30.0, -30.0]
+    expected = np.array([ACTIVATIONS[activation](float(v)) for v in x])
+    for rows in (x.reshape(23, 20), x[:20].reshape(1, 20)):
+        actual = run(jnp.asarray(rows), p, native.FLOAT, kernel, activation=activation)
+        want = expected[: rows.size].reshape(rows.shape)
+        # exp(-x^2 / 2) has the rounding of x^2 times x^2; a tanh near -1 is a difference.
+        np.testing.assert_allclose(actual, want, rtol=1e-5, atol=1e-30)
+        near = np.abs(rows) < 3
+        np.testing.assert_allclose(np.asarray(actual)[near], want[near], rtol=2e-6)
+    # After the bias, and before the result is rounded.
+    kwargs: dict[str, Any] = {"bias": jnp.full((20,), 0.5), "dtype": np.dtype(jnp.bfloat16)}
+    actual = run(jnp.asarray(x.reshape(23, 20)), p, native.FLOAT, kernel, activation=activation, **kwargs)
+    with_bias = np.array([ACTIVATIONS[activation](float(v)) for v in x + np.float32(0.5)]).reshape(23, 20)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), with_bias, rtol=2**-8 * 1.01, atol=1e-30)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_activation_functions_of_what_is_not_finite(kernel: int) -> None:
+    identity = qarray.QArray(jnp.eye(16, dtype=jnp.int8), jnp.ones((1, 16), jnp.float32))
+    p = packed.pack(identity, (0,))
+    for value in (np.inf, -np.inf, np.nan, 3e38, -3e38):
+        bias = jnp.zeros((16,)).at[0].set(value)  # a sum with 0 * inf is NaN, so the bias brings it
+        for activation in ACTIVATIONS:
+            actual = np.asarray(run(jnp.zeros((1, 16)), p, native.FLOAT, kernel, bias=bias, activation=activation))
+            np.testing.assert_array_equal(actual[0, 0], np.float32(0 if value < 0 else value))
+            np.testing.assert_array_equal(actual[0, 1:], 0.0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,5 +1,6 @@
 """Whole models: packed, run, restored; on devices of a mesh; without a compiler."""
 
+import functools
 import os
 import re
 import subprocess
@@ -19,7 +20,8 @@ from qwix import cpu
 from qwix._src.core import dot_general, qarray
 from qwix._src.providers.input_transform import WithInputTransform
 from qwix.contrib import awq, hadamard, padded_ptq, smooth_quant
-from qwix.cpu import packed
+from qwix.cpu import native, packed
+from qwix.models import bert
 
 WIDTH = 48
 
@@ -197,6 +199,58 @@ def test_axes_of_type_explicit() -> None:
     jax.tree.map(np.testing.assert_array_equal, packed.unpack(p), w)
     x = jax.device_put(jnp.arange(16.0 * 64).reshape(16, 64), jax.NamedSharding(mesh, jax.P("d", None)))
     np.testing.assert_allclose(jax.jit(cpu.matmul)(x, p), np.asarray(x) @ qarray.dequantize(w), rtol=1e-5)
+
+
+class Fused(nnx.Module):
+    """`Mlp` with the layers of `qwix.models.bert`, which call `cpu.linear` where their weight is packed."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.up, self.down = bert.Linear(WIDTH, 64, rngs=rngs), bert.Linear(64, 24, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.up(x, "gelu"))
+
+
+@pytest.mark.parametrize("rule", [{}, {"act_qtype": "int8"}, {"act_qtype": "int8", "act_static_scale": True}])
+def test_a_fused_layer_is_one_op_under_its_rule(rule: dict[str, Any]) -> None:
+    rules = [qwix.QuantizationRule(module_path="up", weight_qtype="int8", **rule)]
+    model = qwix.quantize_model(Fused(), qwix.PtqProvider(rules), batch())
+    fast = cpu.optimize_for_inference(model)
+    np.testing.assert_allclose(nnx.jit(fast)(batch()), nnx.jit(model)(batch()), rtol=1e-5, atol=1e-5)
+    traced = str(jax.make_jaxpr(fast)(batch()))
+    assert traced.count(native.MATMUL) == 1
+    assert f"activation={native.ACTIVATIONS['gelu']}" in traced
+    assert [op.path for op in qwix.summarize(fast).ops] == [op.path for op in qwix.summarize(model).ops]
+
+
+@pytest.mark.parametrize("quantize", ["awq", "smooth_quant", "padded"])
+def test_fused_layers_of_other_providers(quantize: str) -> None:
+    """Input scales come off the activations first, and padded widths fit, whatever a layer calls."""
+    if quantize == "awq":
+        model = awq.quantize(Fused(), [batch(8)], [awq.AwqRule(weight_qtype="int8", n_grid=2)], n_clip=0)
+    elif quantize == "smooth_quant":
+        model = smooth_quant.quantize(Fused(), [batch(8)], [smooth_quant.SqRule(weight_qtype="int8", act_qtype="int8")])
+    else:
+        rules = [qwix.QuantizationRule(weight_qtype="int4", tile_size=20)]
+        model = qwix.quantize_model(Fused(), padded_ptq.PaddedPtqProvider(rules), batch())
+    fast = cpu.optimize_for_inference(model)
+    np.testing.assert_allclose(nnx.jit(fast)(batch()), nnx.jit(model)(batch()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_product_with_bias_and_activation() -> None:
+    """Over the contracted axis, both come after the sum of the devices' parts."""
+    w = qarray.quantize_api(batch(WIDTH + 16)[:, :WIDTH], jnp.int8, channelwise_axes=(1,))
+    p = packed.pack(w)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 64)), jnp.float32)
+    expected = cpu.matmul(x, p, jnp.linspace(-1, 1, WIDTH), activation="gelu")
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    on = lambda leaf, *spec: jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
+    sharded = p.replace(qvalue=on(p.qvalue, None, "d"), scale=on(p.scale))
+    actual = jax.jit(functools.partial(cpu.matmul, activation="gelu"))(
+        on(x, None, "d"), sharded, on(jnp.linspace(-1, 1, WIDTH))
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_compiler_models_run_on_xla_and_say_so_once(tmp_path: Path) -> None:

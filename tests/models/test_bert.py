@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import qwix
+from qwix import cpu
+from qwix.cpu import native
 from qwix.interop.safetensors import CheckpointError, read_tensors, write_tensors
 from qwix.models import bert, packages, text
 
@@ -57,6 +60,25 @@ def test_layer_outputs_lead_to_the_embedding(tiny_bert):
     assert len(layers) == 2
     mean = layers[-1].mean(axis=1)
     np.testing.assert_allclose(embedding, mean / jnp.linalg.norm(mean), atol=1e-6)
+
+
+@pytest.mark.parametrize("quantized_attention", [False, True])
+def test_optimized_for_inference_it_is_the_quantized_model(tiny_bert, quantized_attention):
+    """By the kernels of linear layers and, where no rule quantizes it, of attention."""
+    ids = jnp.array([[2, 5, 7, 3, 8], [4, 1, 0, 0, 0]])
+    mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    rules = [qwix.QuantizationRule(op_names="dot_general", weight_qtype="int8")]
+    if quantized_attention:
+        rules.append(qwix.QuantizationRule(op_names="einsum", weight_qtype="int8", act_qtype="int8"))
+    model = qwix.quantize_model(bert.load(tiny_bert), qwix.PtqProvider(rules), ids, mask)
+    fast = qwix.optimize_for_inference(model)
+    tolerance = 1e-2 if quantized_attention else 1e-5  # a value next to a rounding boundary may cross it
+    np.testing.assert_allclose(nnx.jit(fast)(ids, mask), nnx.jit(model)(ids, mask), atol=tolerance)
+    traced = str(jax.make_jaxpr(fast)(ids, mask))
+    assert (native.DENSE_ATTENTION in traced) != quantized_attention
+    assert native.MATMUL in traced and native.DENSE_ATTENTION not in str(jax.make_jaxpr(model)(ids, mask))
+    again = nnx.jit(cpu.restore(fast))(ids, mask)
+    np.testing.assert_array_equal(again, nnx.jit(model)(ids, mask))
 
 
 def test_gradients_are_finite_where_a_row_is_all_padding(tiny_bert):

@@ -308,6 +308,20 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
             act = own(operand, how, rule, name)
         return act, ""
 
+    def _operands_of_dot_general(self, lhs: Any, rhs: Any, dimension_numbers: Any) -> list[Any] | None:
+        """What `_quantize_operands` makes of those of a `dot_general`, which is counted."""
+        rule, op_id = self._get_current_rule_and_op_id("dot_general")
+
+        def get_how(index: int, **kwargs) -> qarray.HowToQuantize:
+            return dot_general.get_how_to_quantize(
+                dimension_numbers=dimension_numbers,
+                ndims=(lhs.ndim, rhs.ndim),
+                for_lhs=index == 0,
+                **kwargs,
+            )
+
+        return self._quantize_operands([lhs, rhs], get_how, rule, op_id)
+
     def dot_general(
         self,
         lhs: Any,
@@ -319,17 +333,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         out_sharding: Any = None,
     ) -> jax.Array:
         """`jax.lax.dot_general`, quantized as the rule says."""
-        rule, op_id = self._get_current_rule_and_op_id("dot_general")
-
-        def get_how(index: int, **kwargs) -> qarray.HowToQuantize:
-            return dot_general.get_how_to_quantize(
-                dimension_numbers=dimension_numbers,
-                ndims=(lhs.ndim, rhs.ndim),
-                for_lhs=index == 0,
-                **kwargs,
-            )
-
-        operands = self._quantize_operands([lhs, rhs], get_how, rule, op_id)
+        operands = self._operands_of_dot_general(lhs, rhs, dimension_numbers)
         kwargs: dict[str, Any] = {
             "precision": precision,
             "preferred_element_type": preferred_element_type,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwix._src import averaging, provenance
+from qwix._src import averaging, interception, provenance
 from qwix._src.core import pytree, qarray
 from qwix._src.core import ragged_dot as core_ragged_dot
 from qwix._src.providers import boxed_param, quantized_param
@@ -68,8 +68,24 @@ class PtqProvider(boxed_param.BoxedParamProvider):
         operands = [*operands, group_sizes, group_offset]
         return self._run_op(_RaggedDotOf(self._ragged_dot_fn), operands, self._qarray_module, **kwargs)
 
+    def linear(self, x: Any, kernel: Any, bias: Any, activation: str | None) -> jax.Array:
+        """`qwix.cpu.linear`: one kernel where the weight is packed for it, else the `dot_general` of this provider."""
+        from qwix.cpu import ops  # which imports this module
+
+        # A provider with a `dot_general` of its own does something before or after it.
+        is_own = type(self).dot_general is not boxed_param.BoxedParamProvider.dot_general
+        if is_own or type(kernel) is not WithAux or kernel.value.array.own_ops is not ops:
+            return ops.unfused_linear(x, kernel, bias, activation)
+        operands = self._operands_of_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        assert operands is not None  # as one of them is quantized
+        bias = None if bias is None else provenance.unwrapped(bias)
+        return self._run_op(ops.matmul, [*operands, bias], self._qarray_module, activation=activation)
+
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
-        return super().get_intercept_map() | {"jax.lax.ragged_dot": self.ragged_dot}
+        return super().get_intercept_map() | {
+            "jax.lax.ragged_dot": self.ragged_dot,
+            "qwix.cpu.ops._linear": interception.reentrant(self.linear),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,32 +16,11 @@
 #include <tuple>
 #include <utility>
 
+#include "activation.h"
 #include "job.h"
 
 namespace qwix {
 namespace {
-
-// exp(x) for x <= 0, to 2 units in the last place; 0 below -87. The compiler makes a loop over it a loop over vectors.
-inline float exp_of_negative(float x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kShifter = 12582912.0f;
-  const float clamped = x < -87.0f ? -87.0f : x;  // NaN stays
-  const float shifted = clamped * kLog2E + kShifter;
-  const float n = shifted - kShifter;
-  const float r = clamped - n * kLn2High - n * kLn2Low;
-  float p = 1.9875691e-4f;  // the minimax polynomial of Cephes' expf on |r| <= ln(2) / 2
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665795e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 5.0000001e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127u) << 23;  // what `shifted` has in its low bits is n
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : p * power;
-}
 
 // Columns [at, at + 16) of a row; kWhole says that it has as many, else `count` of them are there and 0 follows.
 template <Type kType, bool kWhole>

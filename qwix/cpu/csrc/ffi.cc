@@ -99,16 +99,20 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer,
                   ffi::AnyBuffer x_scale_buffer, ffi::AnyBuffer codes_buffer, ffi::AnyBuffer scale_buffer,
                   ffi::AnyBuffer zeros_buffer, ffi::AnyBuffer bias_buffer, ffi::Result<ffi::AnyBuffer> y_buffer,
                   ffi::Result<ffi::AnyBuffer> scratch_buffer,
-                  int64_t format, int64_t mode, int64_t n, int64_t tile, float factor, int64_t kernels_index) {
+                  int64_t format, int64_t mode, int64_t n, int64_t tile, float factor, int64_t activation,
+                  int64_t kernels_index) {
   const Operand x(x_buffer, 2), x_scale(x_scale_buffer, 2), codes(codes_buffer, 3), scale(scale_buffer, 3),
       zeros(zeros_buffer, 3), bias(bias_buffer, 1), y(*y_buffer, 2);
   if (y.batch() == 0 || y.empty()) return ffi::Error::Success();
 
   Job job = {};
-  if (format < kInt8 || format > kE5M2 || mode < 0 || mode > 2) return invalid("unknown format or mode");
+  if (format < kInt8 || format > kE5M2 || mode < 0 || mode > 2 || activation < 0 || activation > kGeluTanh) {
+    return invalid("unknown format, mode or activation");
+  }
   job.format = static_cast<Format>(format);
   job.mode = static_cast<Mode>(mode);
   job.factor = factor;
+  job.activation = static_cast<Activation>(activation);
   job.m = x.dim(0);
   job.k = x.dim(1);
   job.n = n;
@@ -245,8 +249,77 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Any
   return ffi::Error::Success();
 }
 
+ffi::Error dense_attention(ffi::ThreadPool pool, ffi::AnyBuffer query_buffer, ffi::AnyBuffer key_buffer,
+                           ffi::AnyBuffer value_buffer, ffi::AnyBuffer bias_buffer,
+                           ffi::Result<ffi::AnyBuffer> y_buffer, float scale, int64_t kernels_index) {
+  const auto invalid = [](const char* what) {
+    return ffi::Error::InvalidArgument(std::string("qwix_cpu_dense_attention: ") + what);
+  };
+  const Operand query(query_buffer, 3), key(key_buffer, 3), value(value_buffer, 3), bias(bias_buffer, 3),
+      y(*y_buffer, 3);
+  for (const auto& buffer : {query_buffer, key_buffer, value_buffer, bias_buffer, ffi::AnyBuffer(*y_buffer)}) {
+    if (buffer.element_type() != ffi::F32) return invalid("unknown dtypes");
+  }
+  if (y.batch() == 0 || y.empty()) return ffi::Error::Success();
+  DenseAttention job = {};
+  job.queries = query.dim(0);
+  job.heads = query.dim(1);
+  job.width = query.dim(2);
+  job.keys = key.dim(0);
+  job.key_heads = key.dim(1);
+  job.scale = scale;
+  for (size_t i = 0; i < 3; ++i) {
+    if (key.dim(i) != value.dim(i) || query.dim(i) != y.dim(i)) return invalid("shapes do not fit");
+  }
+  if (key.dim(2) != job.width || job.width > kMostDenseWidth || job.keys == 0 || job.key_heads == 0 ||
+      job.heads % job.key_heads != 0) {
+    return invalid("shapes do not fit");
+  }
+  if (!bias.empty()) {
+    const int64_t heads = bias.dim(0), queries = bias.dim(1);
+    if (bias.dim(2) != job.keys || (heads != 1 && heads != job.heads) || (queries != 1 && queries != job.queries)) {
+      return invalid("the bias does not fit");
+    }
+    job.bias_query = queries == 1 ? 0 : job.keys;
+    job.bias_head = heads == 1 ? 0 : queries * job.keys;
+  }
+  const Kernels* kernels = kernels_at(kernels_index);
+  if (kernels == nullptr) return invalid("there are not so many kernels");
+
+  // As for matmuls: a thread for a million products. Items of fewer queries where there are few heads for the threads.
+  const int64_t heads = y.batch() * job.heads;
+  const double products = 2.0 * static_cast<double>(heads * job.queries) * static_cast<double>(job.keys * job.width);
+  const int64_t workers =
+      std::clamp<int64_t>(static_cast<int64_t>(products / 1e6), 1, std::max<int64_t>(1, pool.num_threads()));
+  int64_t rows = kDenseQueries;
+  while (rows > 16 && heads * ((job.queries + rows - 1) / rows) < 4 * workers) rows /= 2;
+  const int64_t parts = (job.queries + rows - 1) / rows;
+  parallel_for(pool, workers, heads * parts, [&](int64_t item) {
+    const int64_t index = item / parts / job.heads, begin = item % parts * rows;
+    DenseAttention one = job;
+    one.query = reinterpret_cast<const float*>(query.at(index, y));
+    one.key = reinterpret_cast<const float*>(key.at(index, y));
+    one.value = reinterpret_cast<const float*>(value.at(index, y));
+    one.bias = bias.empty() ? nullptr : reinterpret_cast<const float*>(bias.at(index, y));
+    one.y = reinterpret_cast<float*>(const_cast<char*>(y.at(index, y)));
+    kernels->attend_densely(one, item / parts % job.heads, begin, std::min(job.queries, begin + rows), workspace());
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace qwix
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_dense_attention, qwix::dense_attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("kernels"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_attention, qwix::attention,
                               xla::ffi::Ffi::Bind()
@@ -278,6 +351,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_matmul, qwix::matmul,
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("tile")
                                   .Attr<float>("factor")
+                                  .Attr<int64_t>("activation")
                                   .Attr<int64_t>("kernels"));
 
 // The name of the i-th best kernels that this CPU runs, or null.

@@ -22,13 +22,16 @@ constexpr int32_t code_of_zero(Format f) { return f == kInt8 ? 128 : f == kInt4 
 
 enum class Type { kF32, kBF16, kF16, kS8 };
 
+// What a sum goes through; the numbers are those of `ACTIVATIONS` in ../native.py.
+enum Activation : int64_t { kNoActivation = 0, kRelu = 1, kSilu = 2, kGelu = 3, kGeluTanh = 4 };
+
 enum class Mode : int64_t {
   kFloat = 0,      // x is float, and stays so
   kDynamic = 1,    // x is float, and quantized here: to int8, a scale for each row and tile
   kQuantized = 2,  // x is int8 with scales
 };
 
-// y[m, l, n] = sum_k x[m, k] w[l, k, n] + bias[l, n].
+// y[m, l, n] = activation(sum_k x[m, k] w[l, k, n] + bias[l, n]).
 struct Job {
   int64_t m, k, n;
   int64_t leads;   // matrices side by side in the output
@@ -46,6 +49,7 @@ struct Job {
   Type scale_type;
   const uint8_t* zeros;  // as scale, or null
   const float* bias;     // (leads, n) or null
+  Activation activation;
   void* y;               // (m, leads, n)
   Type y_type;
   // Scratch: what `prepare` writes and `multiply` reads. `rows` may be x itself, if it `needs_prepare` not.
@@ -85,6 +89,20 @@ struct Attention {
   }
 };
 
+// Softmax attention of all queries to all keys, of one of a batch; see dense_attention.h.
+struct DenseAttention {
+  int64_t queries, keys, heads, key_heads, width;  // heads / key_heads of the queries share a head of the keys
+  float scale;
+  const float* query;         // (queries, heads, width)
+  const float *key, *value;   // (keys, key_heads, width)
+  const float* bias;          // added to scores, (heads, queries, keys) at these strides; or null
+  int64_t bias_head, bias_query;
+  float* y;  // (queries, heads, width)
+};
+
+inline constexpr int64_t kMostDenseWidth = 256;
+inline constexpr int64_t kDenseQueries = 128;  // at most, in one call of `attend_densely`
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -99,6 +117,8 @@ struct Kernels {
   // One part of the keys of a head, and, after all of them, one query.
   void (*attend)(const Attention&, int64_t head, int64_t part);
   void (*merge)(const Attention&, int64_t head, int64_t query);
+  // Queries [begin, end) of a head.
+  void (*attend_densely)(const DenseAttention&, int64_t head, int64_t begin, int64_t end, char* workspace);
 };
 
 // Whether `prepare` has anything to do: a single row of floats lies as it is read.

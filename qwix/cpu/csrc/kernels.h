@@ -6,6 +6,7 @@
 #include "rows.h"
 // Rows come first.
 #include "attention.h"
+#include "dense_attention.h"
 #include "floats.h"
 #include "integers.h"
 
@@ -51,9 +52,10 @@ void multiply(const Job& job, int64_t block, int64_t block_end, int64_t begin, i
 }
 
 // Sums that wait, and a panel: of bytes, or of floats. `each_part` gives at least one step.
+static_assert(kDenseBytes <= kWorkspaceBytes);
 static_assert(kWaitingBytes + std::max<int64_t>(kPartK, kPanelK * sizeof(float)) * kColumns <= kWorkspaceBytes);
 
-constexpr Kernels kKernels = {Simd::kName, most_rows, row_bytes, prepare, multiply, attend, merge};
+constexpr Kernels kKernels = {Simd::kName, most_rows, row_bytes, prepare, multiply, attend, merge, attend_densely};
 
 }  // namespace
 }  // namespace qwix

@@ -4,8 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 
+#include "activation.h"
 #include "job.h"
 
 namespace qwix {
@@ -98,21 +101,35 @@ void with_size(int64_t size, Fn fn) {
 
 // ------------------------------------------------------------------------------------------- activations
 
-// `count` <= 16 elements of a row from `k`, the rest zeros.
-Floats load_x(const Job& job, int64_t row, int64_t k, int64_t count) {
-  const int64_t at = row * job.k + k;
-  if (job.x_type == Type::kF32) {
-    const float* p = static_cast<const float*>(job.x) + at;
-    if (count == 16) return Simd::fload(p);
-    float rest[16] = {};
-    std::copy(p, p + count, rest);
-    return Simd::fload(rest);
+// The elements of a row from `k`, 16 at a time.
+template <Type kType>
+struct Elements {
+  const char* p;
+
+  Elements(const Job& job, int64_t row, int64_t k) : p(static_cast<const char*>(job.x) + (row * job.k + k) * kBytes) {}
+
+  // `count` <= 16 of them from i, the rest zeros.
+  Floats at(int64_t i, int64_t count) const {
+    if (count == 16) return whole(p + i * kBytes);
+    alignas(64) char rest[16 * kBytes] = {};
+    std::copy(p + i * kBytes, p + (i + count) * kBytes, rest);
+    return whole(rest);
   }
-  const uint16_t* p = static_cast<const uint16_t*>(job.x) + at;
-  if (count == 16) return Simd::fload_bf16(p);
-  uint16_t rest[16] = {};
-  std::copy(p, p + count, rest);
-  return Simd::fload_bf16(rest);
+
+ private:
+  static constexpr int64_t kBytes = kType == Type::kF32 ? 4 : 2;
+
+  static Floats whole(const char* from) {
+    if constexpr (kType == Type::kF32) return Simd::fload(reinterpret_cast<const float*>(from));
+    return Simd::fload_bf16(reinterpret_cast<const uint16_t*>(from));
+  }
+};
+
+// fn(Elements) of a row from `k`.
+template <class Fn>
+auto with_elements(const Job& job, int64_t row, int64_t k, Fn fn) {
+  if (job.x_type == Type::kF32) return fn(Elements<Type::kF32>(job, row, k));
+  return fn(Elements<Type::kBF16>(job, row, k));
 }
 
 int32_t total(Ints v) {
@@ -123,11 +140,12 @@ int32_t total(Ints v) {
   return static_cast<int32_t>(sum);
 }
 
-float largest_magnitude(const Job& job, int64_t row, int64_t k) {
+template <class Elements>
+float largest_magnitude(const Elements& x, int64_t count) {
   Ints largest = Simd::iset(0);
-  for (int64_t i = 0; i < job.tile; i += 16) {
-    largest = Simd::imax(largest, Simd::magnitude_bits(load_x(job, row, k + i, std::min<int64_t>(16, job.tile - i))));
-  }
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) largest = Simd::imax(largest, Simd::magnitude_bits(x.at(i, 16)));
+  if (i < count) largest = Simd::imax(largest, Simd::magnitude_bits(x.at(i, count - i)));
   int32_t lanes[16];
   Simd::istore(lanes, largest);
   const int32_t bits = *std::max_element(lanes, lanes + 16);
@@ -148,38 +166,50 @@ float dynamic_scale(const Job& job, float absmax) {
   return is_bf16 ? to_f32(to_bf16(scale)) : scale;
 }
 
+// Has put(k of the tile, Ints) write the codes of a tile, 16 at a time, `padded` of them: {scale, sum of the codes}.
+template <class Elements, class Fn>
+std::pair<float, int32_t> quantize_tile(const Job& job, const Elements& x, int64_t padded, Fn put) {
+  const float scale = dynamic_scale(job, largest_magnitude(x, job.tile));
+  // As XLA does on a CPU, where a scale is shared. A row with inf or NaN has codes of 0, as it has there.
+  if (!(scale <= 3.4028234663852886e38f)) {
+    for (int64_t i = 0; i < padded; i += 16) put(i, Simd::iset(0));
+    return {scale, 0};
+  }
+  const Floats inverse = Simd::fset(1.0f / scale);
+  Ints sum = Simd::iset(0);
+  auto quantize = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    const Ints codes = Simd::round(Simd::fclamp(Simd::fmul(x.at(i, count), inverse), -128, 127));
+    sum = Simd::iadd(sum, codes);
+    put(i, codes);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= job.tile; i += 16) quantize(i, 16);
+  for (; i < padded; i += 16) quantize(i, std::max<int64_t>(0, job.tile - i));
+  return {scale, total(sum)};
+}
+
 // Quantizes a row, and has put(tile, k of it, Ints) write 16 codes at a time, `padded` of each tile.
 template <class Fn>
 void quantize_row(const Job& job, int64_t row, int64_t padded, Fn put) {
   for (int64_t t = 0; t < job.tiles; ++t) {
-    const int64_t k = t * job.tile;
-    float scale, inverse = 0;
+    const int64_t k = t * job.tile, at = row * job.tiles + t;
+    auto put_here = [&](int64_t i, Ints codes) __attribute__((always_inline)) { put(t, i, codes); };
     if (job.mode == Mode::kDynamic) {
-      scale = dynamic_scale(job, largest_magnitude(job, row, k));
-      // As XLA does on a CPU, where a scale is shared. A row with inf or NaN has codes of 0, as it has there.
-      if (scale <= 3.4028234663852886e38f) inverse = 1.0f / scale;
-    } else {
-      scale = job.x_scale[row * job.x_tiles + (job.x_tiles == 1 ? 0 : t)];
+      std::tie(job.row_scale[at], job.row_sum[at]) =
+          with_elements(job, row, k, [&](const auto& x) { return quantize_tile(job, x, padded, put_here); });
+      continue;
     }
     Ints sum = Simd::iset(0);
     for (int64_t i = 0; i < padded; i += 16) {
+      int8_t given[16] = {};
       const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
-      Ints codes;
-      if (job.mode == Mode::kDynamic && inverse == 0) {
-        codes = Simd::iset(0);
-      } else if (job.mode == Mode::kDynamic) {
-        const Floats x = Simd::fmul(load_x(job, row, k + i, count), Simd::fset(inverse));
-        codes = Simd::round(Simd::fclamp(x, -128, 127));
-      } else {
-        int8_t given[16] = {};
-        std::memcpy(given, static_cast<const int8_t*>(job.x) + row * job.k + k + i, count);
-        codes = Simd::iload_s8(given);
-      }
+      std::memcpy(given, static_cast<const int8_t*>(job.x) + row * job.k + k + i, static_cast<size_t>(count));
+      const Ints codes = Simd::iload_s8(given);
       sum = Simd::iadd(sum, codes);
-      put(t, i, codes);
+      put_here(i, codes);
     }
-    job.row_scale[row * job.tiles + t] = scale;
-    job.row_sum[row * job.tiles + t] = total(sum);
+    job.row_scale[at] = job.x_scale[row * job.x_tiles + (job.x_tiles == 1 ? 0 : t)];
+    job.row_sum[at] = total(sum);
   }
 }
 
@@ -196,13 +226,14 @@ void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
 // Floats of a row of a group, to out, out + stride, ...
 void prepare_floats(const Job& job, int64_t row, float* out, int64_t stride) {
   for (int64_t t = 0; t < job.tiles; ++t) {
-    for (int64_t i = 0; i < job.padded_tile; i += 16) {
-      const Floats x = load_x(job, row, t * job.tile + i, std::clamp<int64_t>(job.tile - i, 0, 16));
-      float lanes[16];
-      Simd::fstore(lanes, x);
-      const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
-      for (int64_t j = 0; j < left; ++j, out += stride) *out = lanes[j];
-    }
+    with_elements(job, row, t * job.tile, [&](const auto& x) {
+      for (int64_t i = 0; i < job.padded_tile; i += 16) {
+        float lanes[16];
+        Simd::fstore(lanes, x.at(i, std::clamp<int64_t>(job.tile - i, 0, 16)));
+        const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
+        for (int64_t j = 0; j < left; ++j, out += stride) *out = lanes[j];
+      }
+    });
   }
 }
 
@@ -299,14 +330,16 @@ void prepare_group(const Job& job, int64_t first, int64_t rows) {
 
 // ------------------------------------------------------------------------------------------- the output
 
-// Where results of a block go: the columns that exist of it, with bias.
+// Where results of a block go: the columns that exist of it, with bias and activation function.
 struct Output {
   Type type;
+  Activation activation;
   int64_t count, stride, at;  // columns; results of a row; the first column of all leads
   void* y;
   const float* bias;
 
-  Output(const Job& job, int64_t block) : type(job.y_type), stride(job.leads * job.n), y(job.y), bias(job.bias) {
+  Output(const Job& job, int64_t block)
+      : type(job.y_type), activation(job.activation), stride(job.leads * job.n), y(job.y), bias(job.bias) {
     const int64_t column = block % job.blocks * kColumns;
     count = std::min(kColumns, job.n - column);
     at = block / job.blocks * job.n + column;
@@ -316,17 +349,19 @@ struct Output {
   void store(int64_t row, const Floats& sum) const {
     const int64_t out = row * stride + at;
     if (type == Type::kF32 && count == kColumns) {
-      Simd::fstore(static_cast<float*>(y) + out, bias != nullptr ? Simd::fadd(sum, Simd::fload(bias + at)) : sum);
-      return;
+      float* to = static_cast<float*>(y) + out;
+      Simd::fstore(to, bias != nullptr ? Simd::fadd(sum, Simd::fload(bias + at)) : sum);
+      return activate(activation, to);
     }
     float lanes[16];
     Simd::fstore(lanes, sum);
+    for (int64_t i = 0; bias != nullptr && i < count; ++i) lanes[i] += bias[at + i];
+    activate(activation, lanes);
     for (int64_t i = 0; i < count; ++i) {
-      const float result = bias == nullptr ? lanes[i] : lanes[i] + bias[at + i];
       if (type == Type::kF32) {
-        static_cast<float*>(y)[out + i] = result;
+        static_cast<float*>(y)[out + i] = lanes[i];
       } else {
-        static_cast<uint16_t*>(y)[out + i] = to_bf16(result);
+        static_cast<uint16_t*>(y)[out + i] = to_bf16(lanes[i]);
       }
     }
   }

@@ -87,15 +87,16 @@ void split(Floats x, int parts, int64_t count, char* out, int64_t stride) {
 
 void prepare_tiles_of_floats(const Job& job, const Chunks& chunks, int64_t row, int parts, int64_t rows, char* out) {
   for (int64_t t = 0; t < job.tiles; ++t) {
-    const float factor = parts == 1 ? 1.0f : normalizer(largest_magnitude(job, row, t * job.tile));
-    job.row_scale[row * job.tiles + t] = 1.0f / factor;
-    for (int64_t i = 0; i < chunks.padded(); i += 16) {
-      const int64_t at = i % chunks.k;
-      const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
-      const Floats x = Simd::fmul(load_x(job, row, t * job.tile + i, count), Simd::fset(factor));
-      char* chunk = out + (t * chunks.count + i / chunks.k) * parts * rows * chunks.bytes;
-      split(x, parts, std::min<int64_t>(16, chunks.k - at), chunk + 2 * at, rows * chunks.bytes);
-    }
+    with_elements(job, row, t * job.tile, [&](const auto& x) {
+      const float factor = parts == 1 ? 1.0f : normalizer(largest_magnitude(x, job.tile));
+      job.row_scale[row * job.tiles + t] = 1.0f / factor;
+      for (int64_t i = 0; i < chunks.padded(); i += 16) {
+        const int64_t at = i % chunks.k;
+        const Floats scaled = Simd::fmul(x.at(i, std::clamp<int64_t>(job.tile - i, 0, 16)), Simd::fset(factor));
+        char* chunk = out + (t * chunks.count + i / chunks.k) * parts * rows * chunks.bytes;
+        split(scaled, parts, std::min<int64_t>(16, chunks.k - at), chunk + 2 * at, rows * chunks.bytes);
+      }
+    });
   }
 }
 
