@@ -193,7 +193,7 @@ def _param_row(path: str, value: Any, used: set[str]) -> ParamRow:
     array = value.array if isinstance(value, boxed_param.WithAux) else value
     float_bytes = math.prod(shape) * np.dtype(value.dtype).itemsize
     if isinstance(array, qarray.QArray):
-        tiles = [n // s for n, s in zip(shape, array.scale.shape, strict=True)]
+        tiles = list(array.scale_tile_shape)
         return ParamRow(path, shape, f"{_format_name(array)} {tiles}", float_bytes, packed_bytes(array), "")
     note = "float: its rule has no weight_qtype" if path in used else "float: no operand of a quantized op"
     if isinstance(value, boxed_param.WithAux):
