@@ -41,19 +41,20 @@ def compute_hessian(X: jax.Array) -> jax.Array:
     >>> compute_hessian(jnp.array([[1.0, 2.0]]))
     Array([[5.]], dtype=float32)
     """
-    X = X.astype(jnp.float32)
-    features = X.shape[0]
+    # Contracting the first axis reads activations as they lie in memory; with the last one XLA copies them transposed.
+    samples = X.astype(jnp.float32).T
+    features = samples.shape[1]
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
     if features < 512:
-        return jnp.matmul(X, X.T, precision=lax.Precision.HIGHEST)
-    # H is symmetric: half of the products of blocks of rows are enough. With eight it was no quicker.
+        return product(samples, samples)
+    # H is symmetric: half of the products of blocks of features are enough. With eight it was no quicker.
     parts = 4
     size = features // parts
-    blocks = [X[i * size : (i + 1) * size if i < parts - 1 else None] for i in range(parts)]
-    products = {
-        (i, j): jnp.matmul(blocks[i], blocks[j].T, precision=lax.Precision.HIGHEST)
-        for i in range(parts)
-        for j in range(i + 1)
-    }
+    blocks = [samples[:, i * size : (i + 1) * size if i < parts - 1 else None] for i in range(parts)]
+    products = {(i, j): product(blocks[i], blocks[j]) for i in range(parts) for j in range(i + 1)}
     square = [[products[i, j] if j <= i else products[j, i].T for j in range(parts)] for i in range(parts)]
     return jnp.block(square)
 

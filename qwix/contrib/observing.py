@@ -4,10 +4,12 @@ A batch is what a call is given: an array, a tuple of positional arguments or a 
 are read once, one after the other, and each goes through one compiled program.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
@@ -76,14 +78,18 @@ def _observing(model: Any, provider: Any, variables: Any, inputs: Call) -> tuple
     if isinstance(model, nn.Module):
         module = model_lib.quantize_model(model, provider)
 
-        @jax.jit
+        @functools.partial(jax.jit, donate_argnums=0)
         def linen_step(stats: Any, args: Any, kwargs: Any) -> Any:
             tree = {**variables, "quant_stats": stats}
             return module.apply(tree, *args, mutable=["quant_stats"], **kwargs)[1]["quant_stats"]
 
         return linen_step, {}
     observed = model_lib.quantize_model(model, provider, *inputs[0], **inputs[1])
-    call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs))
+    # Statistics are as large as the weights, and new memory for them in each call takes longer than to sum them up. What
+    # is donated with them must not be the caller's.
+    graph, state = nnx.split(observed)
+    observed = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs), donate_argnums=0)
 
     def nnx_step(observed: Any, args: Any, kwargs: Any) -> Any:
         call(observed, args, kwargs)

@@ -14,6 +14,7 @@ quantizes a weight with it (`calibration.CalibratedQuantContext` -> `WithAux`), 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -343,7 +344,7 @@ class Runner:
             pairs = zip(found, references, strict=True)
             return outputs, float_outputs, [_map_pairs(f, r, self._pair_stats) for f, r in pairs]
 
-        @jax.jit
+        @functools.partial(jax.jit, donate_argnums=0)
         def update(totals: Any, inputs: Any, float_inputs: Any) -> Any:
             outputs, float_outputs, stats = stats_of(inputs, float_inputs)
             totals = [_average.update(total, new) for total, new in zip(totals, stats, strict=True)]
