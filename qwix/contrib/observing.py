@@ -85,8 +85,8 @@ def _observing(model: Any, provider: Any, variables: Any, inputs: Call) -> tuple
 
         return linen_step, {}
     observed = model_lib.quantize_model(model, provider, *inputs[0], **inputs[1])
-    # Statistics are as large as the weights, and new memory for them in each call takes longer than to sum them up. What
-    # is donated with them must not be the caller's.
+    # Statistics are as large as the weights, and new memory for them in each call takes longer than to sum them up.
+    # What is donated with them must not be the caller's.
     graph, state = nnx.split(observed)
     observed = nnx.merge(graph, jax.tree.map(jnp.copy, state))
     call = nnx.jit(lambda model, args, kwargs: model(*args, **kwargs), donate_argnums=0)
