@@ -48,7 +48,7 @@ def compute_hessian(X: jax.Array) -> jax.Array:
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
-    if features < 512:
+    if features < 1024:
         return product(samples, samples)
     # H is symmetric: half of the products of blocks of features are enough. With eight it was no quicker.
     parts = 4
@@ -158,48 +158,64 @@ def inverse_factor(H: jax.Array, act_order: bool, percdamp: jax.Array) -> tuple[
     In the order in which the columns are quantized.
     """
     H = H.astype(jnp.float32)
-    eye = jnp.eye(H.shape[0], dtype=bool)
-    H = H + jnp.where(eye & (H == 0), 1.0, 0.0)
     diagonal = _diagonal(H)
+    diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
     if act_order:
         order = _order(diagonal)
-        H = H[order][:, order]
+        H, diagonal = H[order][:, order], diagonal[order]
     mean = jnp.mean(diagonal)
 
     # A failed factorization is NaN. A share of 1e6 always works on finite input; NaN input ends there as well.
     def failed(state):
-        attempts, share, L = state
-        return (attempts == 0) | (jnp.isnan(L[-1, -1]) & (share < 1e6))
+        attempts, share, V = state
+        return (attempts == 0) | (jnp.isnan(V[0, 0]) & (share < 1e6))
 
     def attempt(state):
         attempts, share, _ = state
         share = jnp.where(attempts == 0, share, jnp.maximum(share * 10, 1e-6))
-        damped = jnp.where(eye, H + share * mean, H)
-        return attempts + 1, share, lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
+        return attempts + 1, share, _inverse_factor(H, diagonal + share * mean)
 
-    _, share, L = lax.while_loop(failed, attempt, (0, percdamp, H))
-    return _inverse_of_lower(L).T[::-1, ::-1], share
+    _, share, V = lax.while_loop(failed, attempt, (0, percdamp, H))
+    return V, share
 
 
-def _inverse_of_lower(L: jax.Array) -> jax.Array:
-    """Inverse of a lower triangular matrix, halves at a time: [[A, 0], [B, C]] has [[A', 0], [-C' B A', C']].
+def _inverse_factor(H: jax.Array, diagonal: jax.Array) -> jax.Array:
+    """Lower V with (V V^T)^-1 = H, symmetric, whose diagonal is given apart.
 
-    A solve with the identity for the right side knows nothing of the half of it that stays 0.
+    By halves, so that nearly all of it is matmuls: LAPACK's factorization runs on one core in some builds, and knows
+    nothing of a triangle's zeros where it inverts one. With M = V^-1 and H = M^T M,
+
+        H_22 = M_22^T M_22,   M_21 = V_22^T H_21,   H_11 - M_21^T M_21 = M_11^T M_11,   V_21 = -V_22 M_21 V_11.
     """
-    n = L.shape[0]
-    if n <= 512:
-        return lax.linalg.triangular_solve(L, jnp.eye(n, dtype=L.dtype), left_side=True, lower=True)
-    half = 512
+    n = H.shape[0]
+    if n <= _SMALL:
+        eye = jnp.eye(n, dtype=jnp.float32)
+        H = jnp.where(eye == 1, diagonal, H.T)[::-1, ::-1]  # LAPACK's layout is the transposed one
+        L = lax.linalg.cholesky(H, symmetrize_input=False)
+        return lax.linalg.triangular_solve(L, eye, left_side=True, lower=True)[::-1, ::-1].T
+    half = _SMALL
     while 2 * half < n:
         half *= 2
-    A, C = _inverse_of_lower(L[:half, :half]), _inverse_of_lower(L[half:, half:])
-    B = -C @ (L[half:, :half] @ A)
-    return jnp.block([[A, jnp.zeros((half, n - half), L.dtype)], [B, C]])
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    V_22 = _inverse_factor(H[half:, half:], diagonal[half:])
+    a = (n - half) // 2  # the quarter of a triangular factor that is 0 is left out of its products
+    B = H[half:, :half]
+    M_21 = jnp.concatenate([product(V_22[:, :a].T, B), product(V_22[a:, a:].T, B[a:])])
+    rest = H[:half, :half] - product(M_21.T, M_21)
+    V_11 = _inverse_factor(rest, diagonal[:half] - jnp.sum(M_21**2, axis=0))
+    b = half // 2
+    B = jnp.concatenate([product(V_22[:a, :a], M_21[:a]), product(V_22[a:], M_21)])
+    V_21 = -jnp.concatenate([product(B, V_11[:, :b]), product(B[:, b:], V_11[b:, b:])], 1)
+    return jnp.block([[V_11, jnp.zeros((half, n - half), jnp.float32)], [V_21, V_22]])
+
+
+# Columns of the largest block that LAPACK factors.
+_SMALL = 512
 
 
 def _diagonal(H: jax.Array) -> jax.Array:
-    """`jnp.diag`, which is slower to compile than all the rest of what is done with it here."""
-    return jnp.sum(jnp.where(jnp.eye(H.shape[0], dtype=bool), H, 0), axis=0, dtype=jnp.float32)
+    """`jnp.diag`, which is slow to compile."""
+    return H.reshape(-1)[:: H.shape[0] + 1].astype(jnp.float32)
 
 
 def _order(diagonal: jax.Array) -> jax.Array:
@@ -230,95 +246,118 @@ def _gptq(
     diagonal = _diagonal(H)
     dead = (diagonal == 0) & (diagonal != 0).any()
     weights = jnp.where((diagonal == 0).all(), 1.0, diagonal)
-    # Transposed from here on: a column of W is a contiguous row.
-    Wt = jnp.where(dead[:, None], 0, W.T.astype(jnp.float32))
-
+    # Transposed from here on: a column of W is a contiguous row. Nothing may be fused with the transposition, since
+    # XLA's loop over the elements takes four times as long: dead columns become 0 where they are read.
+    Wt = W.T.astype(jnp.float32)
     known = act_order or static_scales or groups == 1  # scales, before the first column is quantized
     params = None
     if known:
-        params = _group_params(Wt.reshape(groups, group, rows), how, weights.reshape(groups, group), scale_search)
+        alive = jnp.where(dead[:, None], 0, Wt).reshape(groups, group, rows)
+        params = _group_params(alive, how, weights.reshape(groups, group), scale_search)
     group_of = jnp.arange(columns) // group if known and groups > 1 else None
     if act_order:
         order = _order(jnp.where(diagonal == 0, 1.0, diagonal))  # as it is after damping
-        Wt = Wt[order]
+        Wt, dead = Wt[order], dead[order]
         group_of = None if group_of is None else group_of[order]
 
-    # Blocks of columns: a group each, or some columns whose scales are known. Runs of columns within a block.
-    size = min(blocksize, columns) if known else group
-    run = max(n for n in range(1, min(_RUN, size) + 1) if size % n == 0)
-    blocks = -(-columns // size)
-    chunk = max(blocksize // size, 1) * size  # columns that a block catches up with at once
-    length = -(-columns // chunk) * chunk
+    block, parts = _parts(columns, blocksize, None if known else group)
+    length = -(-columns // parts[0]) * parts[0]
     if length > columns:
-        V = jnp.pad(V, ((0, length - columns), (0, length - columns)))
-        V = jnp.where(jnp.eye(length, dtype=bool) & (V == 0), 1, V)
+        V = jnp.pad(V, ((0, length - columns), (0, length - columns)), constant_values=1)
 
-    def by_block(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        padded = jnp.pad(x, ((0, blocks * size - columns), *[(0, 0)] * (x.ndim - 1)))
-        return padded.reshape(blocks, size, *x.shape[1:])
+    def at_columns(x: jax.Array, start: Any, count: int) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, start, count, 0)
 
-    def block_step(errors, x):
-        b, tile, kept, weights, group_of = x
-        start = b * size
+    pad: Any = lambda x: jnp.pad(x, ((0, length - columns), *[(0, 0)] * (x.ndim - 1)))  # noqa: E731
+    Wt, dead, weights, group_of = jax.tree.map(pad, (Wt, dead, weights, group_of))
 
-        def catch_up(i, tile):
-            factors = lax.dynamic_slice(V, (start, i * chunk), (size, chunk))
-            return tile - factors @ lax.dynamic_slice_in_dim(errors, i * chunk, chunk, 0)
+    # In both, `tile` (columns, rows) has caught up with all columns before `start`, and the errors of `start` and later
+    # are 0. They return all errors, the codes, and the scales if they come from the changed W.
+    def quantize_parts(errors, start, tile, parts, ours):
+        part = parts[0]
 
-        # The errors of this block and those after it are still 0.
-        tile = lax.fori_loop(0, (start + chunk - 1) // chunk, catch_up, tile)
-        ours = params if known else _group_params(tile[None], how, weights[None], scale_search)
+        def step(errors, i):
+            at = start + i * part
 
-        def column_step(part, x):
-            j, square, kept, group = x
-            mine = jax.tree.map(lambda p: p[0 if group is None else group, 0], ours)
-            w = part[j] if kept is None else jnp.where(kept, part[j], 0)
-            code, value = _round(w, how.qtype, *mine)
-            error = (w - value) / square[j]
-            return part - square[:, None] * error, (code, error)
+            def catch_up(k, mine):
+                before = start + k * part
+                return mine - lax.dynamic_slice(V, (at, before), (part, part)) @ at_columns(errors, before, part)
 
-        def run_step(tile, x):
-            at, *others = x
-            factors = lax.dynamic_slice(V, (start, start + at), (size, run))
-            square = lax.dynamic_slice_in_dim(factors, at, run, 0).T
-            part = lax.dynamic_slice_in_dim(tile, at, run, 0)
-            _, (codes, found) = lax.scan(column_step, part, (jnp.arange(run), square, *others))
-            return tile - factors @ found, (codes, found)
+            mine = lax.fori_loop(0, i, catch_up, at_columns(tile, i * part, part))
+            scales, found = ours, None
+            if part == block:
+                mine = jnp.where(at_columns(dead, at, part)[:, None], 0, mine)
+                if not known:
+                    scales = found = _group_params(mine[None], how, at_columns(weights, at, part)[None], scale_search)
+            if len(parts) == 1:
+                errors, codes = quantize_columns(errors, at, mine, scales)
+                return errors, (codes, found)
+            errors, codes, inner = quantize_parts(errors, at, mine, parts[1:], scales)
+            return errors, (codes, found if part == block else inner)
 
-        by_run = jax.tree.map(lambda x: x.reshape(-1, run, *x.shape[1:]), (kept, group_of))
-        _, (codes, found) = lax.scan(run_step, tile, (jnp.arange(0, size, run), *by_run))
-        codes, found = codes.reshape(size, rows), found.reshape(size, rows)
-        errors = lax.dynamic_update_slice_in_dim(errors, found, start, 0)
-        return errors, (codes, None if known else ours)
+        errors, outs = lax.scan(step, errors, jnp.arange(tile.shape[0] // part))
+        return errors, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outs)
 
-    xs = (Wt, Wt != 0 if keep_zeros else None, None if known else weights, group_of)
-    errors = jnp.zeros((length, rows), jnp.float32)
-    errors, (codes, found) = lax.scan(block_step, errors, (jnp.arange(blocks), *map(by_block, xs)))
-    codes = codes.reshape(blocks * size, rows)[:columns]
-    losses = errors[:columns] ** 2
+    def quantize_columns(errors, start, tile, ours):
+        run = tile.shape[0]
+        square = lax.dynamic_slice(V, (start, start), (run, run))
+
+        def step(found, j):
+            w = tile[j] - sum(square[j, k] * found[k] for k in range(run))
+            if keep_zeros:
+                w = jnp.where(Wt[start + j] == 0, 0, w)
+            group = 0 if group_of is None else group_of[start + j]
+            code, error = _round(w, how.qtype, *jax.tree.map(lambda p: p[group, 0], ours))
+            return lax.dynamic_update_index_in_dim(found, error / square[j, j], j, 0), code
+
+        found, codes = lax.scan(step, jnp.zeros_like(tile), jnp.arange(run))
+        return lax.dynamic_update_slice_in_dim(errors, found, start, 0), codes
+
+    errors, codes, found = quantize_parts(jnp.zeros((length, rows), jnp.float32), 0, Wt, parts, params)
+    # Apart from the narrowing and the squares, which XLA would do in the transposed layout and then copy.
+    codes, errors = lax.optimization_barrier((codes[:columns].T, errors[:columns].T))
     if not known:
-        params = jax.tree.map(lambda p: p[:, 0], found)
+        params = jax.tree.map(lambda p: p[:groups], found)
     if act_order:
-        codes, losses = (jnp.zeros_like(x).at[order].set(x) for x in (codes, losses))
+        codes, errors = (jnp.zeros_like(x).at[:, order].set(x) for x in (codes, errors))
     scale, zero_point = jax.tree.map(lambda p: p[:, 0].T, params)
-    q = qarray.QArray(numerics.narrow(codes.T, how.qtype), scale.astype(W.dtype), zero_point, how.qtype)
-    return q, losses.T, damping
+    q = qarray.QArray(numerics.narrow(codes, how.qtype), scale.astype(W.dtype), zero_point, how.qtype)
+    return q, errors**2, damping
 
 
-# Columns of a block after which one matmul changes the rest of it.
+def _parts(columns: int, blocksize: int, group: int | None) -> tuple[int, list[int]]:
+    """Columns of a block, and of the parts, and the parts of parts, in which the columns catch up with earlier ones.
+
+    A block is a group whose scale is computed when its turn comes, or any columns whose scales are known. Matmuls of
+    large parts are quicker, and within the smallest part each column catches up alone. Parts divide one another.
+    """
+    block = group or min(blocksize, columns)
+    parts = [max(n for n in range(1, min(_RUN, block) + 1) if block % n == 0), block]
+    for size in (blocksize, 8 * blocksize):
+        count = max(round(columns / size), 1)
+        part = -(-columns // count // parts[-1]) * parts[-1]
+        if count > 1 and part > parts[-1]:
+            parts.append(part)
+    return block, list(dict.fromkeys(reversed(parts)))
+
+
+# Columns after which a matmul changes the rest of their block.
 _RUN = 16
 
 
 def _round(w: jax.Array, qtype: Any, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """`quantize` for the inside of the loop: codes stay in bytes, XLA's CPU is slow with narrower ones."""
+    """Codes of w, and how far w is from what they stand for.
+
+    `quantize` for the inside of the loop: codes stay in bytes, XLA's CPU is slow with narrower ones; and w is used
+    once, so that XLA does not compute it twice.
+    """
     offset = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
-    codes = numerics.encode(w / scale + offset, qtype)
+    scaled = w / scale
+    codes = numerics.encode(scaled + offset, qtype)
     values = numerics.convert_from(codes, qtype)
     if codes.dtype != numerics.storage_dtype(qtype) and not jnp.issubdtype(numerics.storage_dtype(qtype), jnp.integer):
         values = numerics.narrow(codes, qtype)
-    return codes, (values.astype(jnp.float32) - offset) * scale
+    return codes, (scaled - (values.astype(jnp.float32) - offset)) * scale
 
 
 def _group_params(
@@ -339,8 +378,8 @@ def _group_params(
     def try_factor(best, factor):
         least, params = best
         tried = qarray.compute_scale_zero_point(jax.tree.map(lambda c: c * factor, calibration), how.qtype)
-        _, values = _round(columns, how.qtype, *tried)
-        error = jnp.sum(weights[:, :, None] * (columns - values) ** 2, axes, keepdims=True)
+        _, errors = _round(columns, how.qtype, *tried)
+        error = jnp.sum(weights[:, :, None] * errors**2, axes, keepdims=True)
         keep = lambda new, old: jnp.where(error < least, new, old)  # noqa: E731
         return (jnp.minimum(error, least), jax.tree.map(keep, tried, params)), None
 

@@ -140,8 +140,8 @@ def _prune(W: jax.Array, H: jax.Array, percdamp: Any, n: int, m: int, prune_rate
             if how is None:
                 code = new
             else:
-                code, dequantized = gptq_core._round(new[None], how.qtype, scales[j][None], _row(zeros, j))
-                code, new = code[0], dequantized[0]
+                code, error = gptq_core._round(new, how.qtype, scales[j], None if zeros is None else zeros[j])
+                new -= error
             error = (w - new) / pivots[j]
             later = jnp.where(jnp.arange(size) > j, factors[j], 0)
             return block - later[:, None] * error, mask, errors.at[j].set(error), values.at[j].set(code)

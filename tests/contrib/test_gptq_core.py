@@ -58,7 +58,17 @@ def output_error(W, Q, X):
 
 @pytest.mark.parametrize(
     ("shape", "group", "blocksize"),
-    [((8, 16), 8, 128), ((8, 32), 32, 16), ((16, 48), 48, 16), ((5, 60), 12, 32), ((4, 30), 10, 7), ((6, 24), 8, 8)],
+    [
+        ((8, 16), 8, 128),
+        ((8, 32), 32, 16),
+        ((16, 48), 48, 16),
+        ((5, 60), 12, 32),
+        ((4, 30), 10, 7),
+        ((6, 24), 8, 8),
+        ((5, 96), 4, 8),  # parts of 48 columns, of 8, and blocks of 4
+        ((4, 100), 4, 8),  # the last part is not full
+        ((4, 100), 100, 8),
+    ],
 )
 def test_equals_the_paper(shape, group, blocksize):
     W, X, H = problem(*shape)
@@ -69,6 +79,18 @@ def test_equals_the_paper(shape, group, blocksize):
     damped = H + np.eye(len(H)) * 0.01 * np.mean(np.diag(H))
     E = W - Q
     np.testing.assert_allclose(losses.sum(), np.trace(E @ damped @ E.T), rtol=1e-3)
+
+
+def test_factor_by_halves(monkeypatch):
+    """V V^T is the inverse, V is triangular, and the damping grows for the whole matrix if one part has no factor."""
+    monkeypatch.setattr(gptq_core, "_SMALL", 16)
+    _, _, H = problem(1, 90)
+    V = np.asarray(gptq_core._inverse_factor(jnp.array(H), jnp.diag(H) * 1.01), np.float64)
+    np.testing.assert_array_equal(V, np.tril(V))
+    np.testing.assert_allclose(V @ V.T @ (H + 0.01 * np.diag(np.diag(H))), np.eye(90), atol=1e-3)
+    H[:3, :3] = [[1, 2, 0], [2, 1, 0], [0, 0, 1]]  # the part that comes last
+    V, share = gptq_core.inverse_factor.__wrapped__(jnp.array(H), False, jnp.float32(1e-6))
+    assert share > 1e-5 and np.isfinite(np.asarray(V)).all()
 
 
 @pytest.mark.parametrize("bits", [4, 3])
