@@ -50,6 +50,10 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
   const uint8_t* const block_codes = job.codes + block * job.block_bytes();
   Floats out[kRows];
   for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
+  const Output output(job, block);
+  if (part.last) {
+    for (int r = 0; r < kRows; ++r) output.prefetch(row + r);
+  }
   [[maybe_unused]] const typename Limited<Dot>::Extra* extra = nullptr;
   if constexpr (Dot::kSaturates) extra = limited.first_extra(part.tile * steps + part.step);
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
@@ -111,7 +115,6 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
     }
   }
   if (part.last) {
-    const Output output(job, block);
     for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
   } else {
     for (int r = 0; r < kRows; ++r) Simd::fstore(waiting[r].floats, out[r]);

@@ -129,9 +129,15 @@ struct Simd {
     using Partial = Ints;
     static Partial zero() { return iset(0); }
     static void add(Partial& p, Bytes codes, const char* act) {
+#if defined(QWIX_EMULATED)
       int32_t group;
       std::memcpy(&group, act, 4);
       p.v = _mm512_dpbusd_epi32(p.v, codes.v, _mm512_set1_epi32(group));
+#else
+      // GCC 12 broadcasts by another instruction, and copies each sum to another register and back.
+      using Group = char[4];
+      __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(p.v) : "v"(codes.v), "m"(*reinterpret_cast<const Group*>(act)));
+#endif
     }
     static Ints sums(Partial p) { return p; }
   };
