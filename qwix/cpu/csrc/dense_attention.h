@@ -73,26 +73,30 @@ inline __attribute__((always_inline)) void add_products(const float* x, const fl
   }
 }
 
+// fn(fn(x[0], x[8]), ...): of 16 numbers, by halves.
+template <class Fn>
+inline float reduce(const Floats& x, Fn fn) {
+  float lanes[16];
+  Simd::fstore(lanes, x);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = fn(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
 // Turns `count` scores, a multiple of 16, into exp(s - m), m the largest of them and of `before`: {m, their sum}.
 inline std::pair<float, float> exponentials(float* scores, int64_t count, float before) {
-  float lanes[16];
-  std::fill(lanes, lanes + 16, before);
-  for (int64_t t = 0; t < count; t += 16) {
-    for (int i = 0; i < 16; ++i) lanes[i] = scores[t + i] > lanes[i] ? scores[t + i] : lanes[i];
-  }
-  const float largest = *std::max_element(lanes, lanes + 16);
+  Floats most = Simd::fset(before);
+  for (int64_t t = 0; t < count; t += 16) most = Simd::fmax(Simd::fload(scores + t), most);
+  const float largest = reduce(most, [](float x, float y) { return x > y ? x : y; });
   // Where all scores are -inf, their exponentials are 0.
   const float shift = largest == -std::numeric_limits<float>::infinity() ? 0.0f : largest;
-  std::fill(lanes, lanes + 16, 0.0f);
+  Floats total = Simd::fset(0);
   for (int64_t t = 0; t < count; t += 16) {
-    for (int i = 0; i < 16; ++i) {
-      scores[t + i] = exp_of_negative(scores[t + i] - shift);
-      lanes[i] += scores[t + i];
-    }
+    for (int i = 0; i < 16; ++i) scores[t + i] = exp_of_negative(scores[t + i] - shift);
+    total = Simd::fadd(total, Simd::fload(scores + t));
   }
-  float total = 0;
-  for (float lane : lanes) total += lane;
-  return {largest, total};
+  return {largest, Simd::fsum(total)};
 }
 
 // Queries [query, query + kRows), of which `softmax` has rows from `row`, and the part that is laid out.

@@ -142,13 +142,16 @@ void panel_rows(const Job& job, int64_t block, int64_t row, const Part& part, co
                 int64_t k_count, Waiting* waiting) {
   Floats out[kRows];
   for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
+  const Output output(job, block);
+  if (part.last) {
+    for (int r = 0; r < kRows; ++r) output.prefetch(row + r);
+  }
   const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride) + k_begin * kRows;
   for (int64_t k = 0; k < k_count; ++k, panel += kColumns, x += kRows) {
     const Floats w = Simd::fload(panel);
     for (int r = 0; r < kRows; ++r) out[r] = Simd::fma(w, Simd::fset(x[r]), out[r]);
   }
   if (part.last) {
-    const Output output(job, block);
     for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
   } else {
     for (int r = 0; r < kRows; ++r) Simd::fstore(waiting[r].floats, out[r]);

@@ -56,6 +56,7 @@ struct Simd {
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
+  static Floats fmax(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static Floats fclamp(Floats x, float low, float high) {
     const __m256 l = _mm256_set1_ps(low), h = _mm256_set1_ps(high);
     return {_mm256_min_ps(_mm256_max_ps(x.a, l), h), _mm256_min_ps(_mm256_max_ps(x.b, l), h)};

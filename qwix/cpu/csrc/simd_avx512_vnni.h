@@ -43,6 +43,7 @@ struct Simd {
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
+  static Floats fmax(Floats x, Floats y) { return {_mm512_max_ps(x.v, y.v)}; }
   static Floats fclamp(Floats x, float low, float high) {
     return {_mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(low)), _mm512_set1_ps(high))};
   }

@@ -66,6 +66,9 @@ struct Simd {
     return each<Floats>([](auto i, auto j) { return vsubq_f32(i, j); }, x, y);
   }
   static float fsum(Floats x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.a, x.b), vaddq_f32(x.c, x.d))); }
+  static Floats fmax(Floats x, Floats y) {
+    return each<Floats>([](auto i, auto j) { return vbslq_f32(vcgtq_f32(i, j), i, j); }, x, y);
+  }
   static Floats fclamp(Floats x, float low, float high) {
     const float32x4_t l = vdupq_n_f32(low), h = vdupq_n_f32(high);
     return each<Floats>([&](auto i) { return vminq_f32(vmaxq_f32(i, l), h); }, x);

@@ -70,6 +70,10 @@ struct Simd {
     for (float lane : x.v) sum += lane;
     return sum;
   }
+  // Where x is NaN, y.
+  static Floats fmax(Floats x, Floats y) {
+    return each<Floats>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
+  }
   static Floats fclamp(Floats x, float low, float high) {
     return each<Floats>([&](int i) { return x.v[i] < low ? low : x.v[i] > high ? high : x.v[i]; });
   }
