@@ -155,6 +155,22 @@ void integer_product(const Job& job, const Range& range, char* workspace) {
     }
     return;
   }
+  if constexpr (!is_nibble(kFormat)) {
+    const int64_t stride = job.block_bytes(), steps = job.steps_of_tile();
+    for (int64_t start = range.block; start < range.block_end; start += kBlocksOfPass) {
+      const int64_t end = std::min(range.block_end, start + kBlocksOfPass);
+      each_part(job, kPartK / step_k(kFormat), [&](const Part& part) {
+        const int64_t at = (part.tile * steps + part.step) * kStepBytes;
+        each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
+          for (int64_t block = start; block < end; ++block) {
+            integer_group<kFormat, false>(job, block, row, size, part, job.codes + block * stride + at, stride,
+                                          waiting + (block - start) * rows + row - range.begin);
+          }
+        });
+      });
+    }
+    return;
+  }
   [[maybe_unused]] uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);
   each_pass(job, range, kPartK / step_k(kFormat), waiting,
             [&](const Part& part, int64_t block, int64_t ahead, Waiting* sums) {
