@@ -155,36 +155,30 @@ void integer_product(const Job& job, const Range& range, char* workspace) {
     }
     return;
   }
-  if constexpr (!is_nibble(kFormat)) {
-    const int64_t stride = job.block_bytes(), steps = job.steps_of_tile();
-    for (int64_t start = range.block; start < range.block_end; start += kBlocksOfPass) {
-      const int64_t end = std::min(range.block_end, start + kBlocksOfPass);
-      each_part(job, kPartK / step_k(kFormat), [&](const Part& part) {
-        const int64_t at = (part.tile * steps + part.step) * kStepBytes;
-        each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
-          for (int64_t block = start; block < end; ++block) {
-            integer_group<kFormat, false>(job, block, row, size, part, job.codes + block * stride + at, stride,
-                                          waiting + (block - start) * rows + row - range.begin);
-          }
-        });
+  const int64_t stride = job.block_bytes(), most = kPartK / step_k(kFormat);
+  auto at = [&](const Part& part) { return (part.tile * job.steps_of_tile() + part.step) * kStepBytes; };
+  if constexpr (is_nibble(kFormat)) {
+    uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);
+    each_pass(job, range, most, waiting, [&](const Part& part, int64_t block, int64_t ahead, Waiting* sums) {
+      decode_part<kFormat>(job.codes + block * stride + at(part), part.steps(), ahead, panel);
+      each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
+        integer_group<kFormat, true>(job, block, row, size, part, panel, ahead, sums + (row - range.begin));
       });
-    }
+    });
     return;
   }
-  [[maybe_unused]] uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);
-  each_pass(job, range, kPartK / step_k(kFormat), waiting,
-            [&](const Part& part, int64_t block, int64_t ahead, Waiting* sums) {
-              constexpr bool kDecoded = is_nibble(kFormat);
-              const int64_t at = (part.tile * job.steps_of_tile() + part.step) * kStepBytes;
-              const uint8_t* codes = job.codes + block * job.block_bytes() + at;
-              if constexpr (kDecoded) {
-                decode_part<kFormat>(codes, part.steps(), ahead, panel);
-                codes = panel;
-              }
-              each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
-                integer_group<kFormat, kDecoded>(job, block, row, size, part, codes, ahead, sums + (row - range.begin));
-              });
-            });
+  // With nothing to decode, a group of rows meets all blocks of a pass while its activations are in the first cache.
+  for (int64_t start = range.block; start < range.block_end; start += kBlocksOfPass) {
+    const int64_t end = std::min(range.block_end, start + kBlocksOfPass);
+    each_part(job, most, [&](const Part& part) {
+      each_group(job, range.begin, range.end, [&](int64_t row, int64_t size) {
+        for (int64_t block = start; block < end; ++block) {
+          integer_group<kFormat, false>(job, block, row, size, part, job.codes + block * stride + at(part), stride,
+                                        waiting + (block - start) * rows + row - range.begin);
+        }
+      });
+    });
+  }
 }
 
 }  // namespace
