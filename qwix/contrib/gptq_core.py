@@ -33,6 +33,7 @@ from jax import lax
 
 from qwix._src import qconfig
 from qwix._src.core import numerics, qarray
+from qwix.cpu import native
 
 
 def compute_hessian(X: jax.Array) -> jax.Array:
@@ -41,11 +42,19 @@ def compute_hessian(X: jax.Array) -> jax.Array:
     >>> compute_hessian(jnp.array([[1.0, 2.0]]))
     Array([[5.]], dtype=float32)
     """
-    # Contracting the first axis reads activations as they lie in memory; with the last one XLA copies them transposed.
     samples = X.astype(jnp.float32).T
+    # One device: a sharded operand would be gathered for the kernel.
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 and native.is_available():
+        return lax.platform_dependent(samples, cpu=native.second_moments, default=_second_moments)
+    return _second_moments(samples)
+
+
+def _second_moments(samples: jax.Array) -> jax.Array:
+    """X^T X of (samples, features), on XLA."""
     features = samples.shape[1]
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Contracting the first axis reads activations as they lie in memory; of the last one XLA makes transposed copies.
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
     if features < 1024:

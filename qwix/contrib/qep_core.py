@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwix.contrib import gptq_core
+
 
 def compute_qep_stats(X_q: jax.Array, X_float: jax.Array) -> dict[str, jax.Array]:
     """H = X_q X_q^T and H_delta = (X_float - X_q) X_q^T in float32, of inputs (in_features, samples).
@@ -27,11 +29,8 @@ def compute_qep_stats(X_q: jax.Array, X_float: jax.Array) -> dict[str, jax.Array
     ([[5.0]], [[1.0]])
     """
     X_q, X_float = X_q.astype(jnp.float32), X_float.astype(jnp.float32)
-
-    def product(a: jax.Array) -> jax.Array:
-        return jnp.matmul(a, X_q.T, precision=lax.Precision.HIGHEST)
-
-    return {"hessian": product(X_q), "hessian_delta": product(X_float - X_q)}
+    delta = jnp.matmul(X_float - X_q, X_q.T, precision=lax.Precision.HIGHEST)
+    return {"hessian": gptq_core.compute_hessian(X_q), "hessian_delta": delta}
 
 
 @jax.jit

@@ -16,7 +16,8 @@ import numpy as np
 
 from qwix.cpu import build
 
-MATMUL, ATTENTION, DENSE_ATTENTION = "qwix_cpu_matmul", "qwix_cpu_attention", "qwix_cpu_dense_attention"
+MATMUL, SECOND_MOMENTS = "qwix_cpu_matmul", "qwix_cpu_second_moments"
+ATTENTION, DENSE_ATTENTION = "qwix_cpu_attention", "qwix_cpu_dense_attention"
 
 # Of `matmul`; the numbers are those of `Mode` in csrc/job.h.
 FLOAT, DYNAMIC, QUANTIZED = range(3)
@@ -61,7 +62,7 @@ def _load() -> ctypes.CDLL | str:
     if library is not None:
         return library
     warnings.warn(
-        f"qwix.cpu has no native kernels, packed weights run on XLA, which is slow on a CPU: {problem}",
+        f"qwix.cpu has no native kernels, so that XLA does their work, which is slow on a CPU: {problem}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -73,7 +74,7 @@ def _register(path: pathlib.Path) -> tuple[str, ctypes.CDLL | None]:
     try:
         library = ctypes.CDLL(os.fspath(path))
         library.qwix_cpu_kernels.restype = ctypes.c_char_p
-        for target in (MATMUL, ATTENTION, DENSE_ATTENTION):
+        for target in (MATMUL, SECOND_MOMENTS, ATTENTION, DENSE_ATTENTION):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except Exception as error:  # XLA refuses a library of another FFI version with an error of its own
         return f"{path}: {error}", None
@@ -377,3 +378,31 @@ def _fit_densely(query: Any, key: Any, value: Any, bias: Any) -> bool:
         and bias.shape[-1] == keys
         and all(n in (1, size) for n, size in zip(bias.shape[:-1], sizes, strict=True))
     )
+
+
+def second_moments(x: jax.Array, *, kernel: int = 0) -> jax.Array:
+    """X^T X: half of a product's multiplications, as it is symmetric.
+
+    Args:
+      x: (..., samples, features) float32.
+      kernel: an index into `kernels()`, for tests.
+
+    Returns:
+      (..., features, features) float32.
+
+    Raises:
+      ValueError: x has another dtype, or too few axes.
+    """
+    if x.ndim < 2 or x.dtype != np.float32:
+        raise ValueError(f"second moments are of float32[..., samples, features], not of {x.dtype}{list(x.shape)}")
+    *batch, samples, features = x.shape
+    call = jax.ffi.ffi_call(
+        SECOND_MOMENTS,
+        [
+            jax.ShapeDtypeStruct((*batch, features, features), np.float32),
+            jax.ShapeDtypeStruct((*batch, samples * (-(-features // 16) * 16)), np.float32),
+        ],
+        vmap_method="broadcast_all",
+    )
+    moments, _ = call(x, kernels=np.int64(kernel))
+    return moments

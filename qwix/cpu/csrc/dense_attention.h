@@ -63,16 +63,6 @@ void lay_out(const DenseAttention& job, int64_t key_head, int64_t begin, int64_t
   }
 }
 
-// out[r] += sum_k x[r][k] panel[k], of kRows rows at a constant distance.
-template <int kRows, int64_t kStride>
-inline __attribute__((always_inline)) void add_products(const float* x, const float* panel, int64_t k_count,
-                                                        Floats (&out)[kRows]) {
-  for (int64_t k = 0; k < k_count; ++k, ++x, panel += kColumns) {
-    const Floats w = Simd::fload(panel);
-    for (int r = 0; r < kRows; ++r) out[r] = Simd::fma(w, Simd::fset(x[r * kStride]), out[r]);
-  }
-}
-
 // fn(fn(x[0], x[8]), ...): of 16 numbers, by halves.
 template <class Fn>
 inline float reduce(const Floats& x, Fn fn) {
@@ -111,7 +101,7 @@ void attend_group(const DenseAttention& job, int64_t head, int64_t query, int64_
   for (int64_t t = 0; t < filled; t += 16) {
     Floats sums[kRows];
     for (Floats& sum : sums) sum = Simd::fset(0);
-    add_products<kRows, kMostDenseWidth>(work.queries[0], work.keys + t * job.width, job.width, sums);
+    add_products<kRows, kMostDenseWidth, 1>(work.queries[0], work.keys + t * job.width, job.width, sums);
     for (int r = 0; r < kRows; ++r) Simd::fstore(work.scores[r] + t, sums[r]);
   }
   Softmax& softmax = work.softmax;
@@ -134,7 +124,7 @@ void attend_group(const DenseAttention& job, int64_t head, int64_t query, int64_
     for (int r = 0; r < kRows; ++r) {
       sums[r] = Simd::fmul(Simd::fload(softmax.mixed[row + r] + d), Simd::fset(kept[r]));
     }
-    add_products<kRows, kKeysOfPart>(work.scores[0], work.values + d * filled, filled, sums);
+    add_products<kRows, kKeysOfPart, 1>(work.scores[0], work.values + d * filled, filled, sums);
     for (int r = 0; r < kRows; ++r) Simd::fstore(softmax.mixed[row + r] + d, sums[r]);
   }
 }

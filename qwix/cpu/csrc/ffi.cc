@@ -307,8 +307,64 @@ ffi::Error dense_attention(ffi::ThreadPool pool, ffi::AnyBuffer query_buffer, ff
   return ffi::Error::Success();
 }
 
+ffi::Error second_moments(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer, ffi::Result<ffi::AnyBuffer> y_buffer,
+                          ffi::ResultBuffer<ffi::F32> blocks, int64_t kernels_index) {
+  const auto invalid = [](const char* what) {
+    return ffi::Error::InvalidArgument(std::string("qwix_cpu_second_moments: ") + what);
+  };
+  if (x_buffer.element_type() != ffi::F32 || y_buffer->element_type() != ffi::F32) return invalid("unknown dtypes");
+  const Operand x(x_buffer, 2), y(*y_buffer, 2);
+  if (y.batch() == 0 || y.empty()) return ffi::Error::Success();
+  Moments job = {};
+  job.samples = x.dim(0);
+  job.features = x.dim(1);
+  if (y.dim(0) != job.features || y.dim(1) != job.features) return invalid("shapes do not fit");
+  const Kernels* kernels = kernels_at(kernels_index);
+  if (kernels == nullptr) return invalid("there are not so many kernels");
+
+  const int64_t padded = (job.features + 15) / 16 * 16;
+  if (static_cast<int64_t>(blocks->element_count()) < y.batch() * job.samples * padded) {
+    return invalid("too little memory for the blocks");
+  }
+
+  // Small tiles waste less of the diagonal and go to more threads, large ones read less.
+  job.tile = job.features >= 8 * kMomentsTile ? kMomentsTile : job.features >= 512 ? 64 : 32;
+  const int64_t side = (job.features + job.tile - 1) / job.tile, tiles = side * (side + 1) / 2;
+  const double products = 0.5 * static_cast<double>(y.batch() * job.samples) *
+                          static_cast<double>(job.features * job.features);
+  const int64_t workers =
+      std::clamp<int64_t>(static_cast<int64_t>(products / 1e6), 1, std::max<int64_t>(1, pool.num_threads()));
+  const auto at = [&](int64_t index) {
+    Moments one = job;
+    one.x = reinterpret_cast<const float*>(x.at(index, y));
+    one.y = reinterpret_cast<float*>(const_cast<char*>(y.at(index, y)));
+    one.blocks = blocks->typed_data() + index * job.samples * padded;
+    return one;
+  };
+  constexpr int64_t kSamples = 32;  // each may be on a page of its own
+  const int64_t parts = (job.samples + kSamples - 1) / kSamples;
+  parallel_for(pool, workers, y.batch() * parts, [&](int64_t item) {
+    const int64_t begin = item % parts * kSamples;
+    kernels->lay_out_samples(at(item / parts), begin, std::min(job.samples, begin + kSamples));
+  });
+  parallel_for(pool, workers, y.batch() * tiles, [&](int64_t item) {
+    int64_t column = item % tiles, row = 0;
+    for (; column > row; ++row) column -= row + 1;
+    kernels->moments(at(item / tiles), row * job.tile, column * job.tile, workspace());
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace qwix
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_second_moments, qwix::second_moments,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("kernels"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwix_cpu_dense_attention, qwix::dense_attention,
                               xla::ffi::Ffi::Bind()

@@ -147,10 +147,7 @@ void panel_rows(const Job& job, int64_t block, int64_t row, const Part& part, co
     for (int r = 0; r < kRows; ++r) output.prefetch(row + r);
   }
   const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride) + k_begin * kRows;
-  for (int64_t k = 0; k < k_count; ++k, panel += kColumns, x += kRows) {
-    const Floats w = Simd::fload(panel);
-    for (int r = 0; r < kRows; ++r) out[r] = Simd::fma(w, Simd::fset(x[r]), out[r]);
-  }
+  add_products<kRows, 1, kRows>(x, panel, k_count, out);
   if (part.last) {
     for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
   } else {

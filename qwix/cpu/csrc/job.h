@@ -103,6 +103,20 @@ struct DenseAttention {
 inline constexpr int64_t kMostDenseWidth = 256;
 inline constexpr int64_t kDenseQueries = 128;  // at most, in one call of `attend_densely`
 
+// y = x^T x; see moments.h.
+struct Moments {
+  int64_t samples, features;
+  int64_t tile;    // features of a side of a tile, a multiple of 16, at most kMomentsTile
+  const float* x;  // (samples, features)
+  float* y;        // (features, features)
+  float* blocks;   // scratch: (blocks of 16 features, samples, 16)
+
+  // Where a block of features has a sample.
+  float* block(int64_t feature, int64_t sample) const { return blocks + (feature / 16 * samples + sample) * 16; }
+};
+
+inline constexpr int64_t kMomentsTile = 128;
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -119,6 +133,10 @@ struct Kernels {
   void (*merge)(const Attention&, int64_t head, int64_t query);
   // Queries [begin, end) of a head.
   void (*attend_densely)(const DenseAttention&, int64_t head, int64_t begin, int64_t end, char* workspace);
+  // Samples [begin, end) into the blocks.
+  void (*lay_out_samples)(const Moments&, int64_t begin, int64_t end);
+  // The tile at (row, column <= row), multiples of its size, and the one that mirrors it.
+  void (*moments)(const Moments&, int64_t row, int64_t column, char* workspace);
 };
 
 // Whether `prepare` has anything to do: a single row of floats lies as it is read.

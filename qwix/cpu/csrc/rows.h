@@ -436,5 +436,15 @@ inline void prefetch(const void* p, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)));
 }
 
+// out[r] += sum_k x[k kStep + r kStride] panel[k].
+template <int kRows, int64_t kStride, int64_t kStep>
+inline __attribute__((always_inline)) void add_products(const float* x, const float* panel, int64_t k_count,
+                                                        Floats (&out)[kRows]) {
+  for (int64_t k = 0; k < k_count; ++k, x += kStep, panel += kColumns) {
+    const Floats w = Simd::fload(panel);
+    for (int r = 0; r < kRows; ++r) out[r] = Simd::fma(w, Simd::fset(x[r * kStride]), out[r]);
+  }
+}
+
 }  // namespace
 }  // namespace qwix
