@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_linear.py [--peers PYTHON] [--shapes 4096x4096 ...] [--rows 1 16 512] [--plot FILE]
 
-PYTHON is an interpreter that has numpy, onnx, onnxruntime and torch; its process lives as long as this one, and all are
-measured in turns, a short time each, for some rounds, so that a noisy moment of the machine hits all of them. A number
-is the median of all calls, in milliseconds. A call of ours is one jitted call from Python, a peer's one call of a
-session or module, each with all the threads that it takes by default.
+PYTHON is an interpreter that has numpy, onnx, onnxruntime and torch; a process of it for each of the two lives as long
+as this one, stopped but for its turns. All are measured in turns, a short time each, for some rounds, so that a noisy
+moment of the machine hits all of them. A number is the median of all calls, in milliseconds. A call of ours is one
+jitted call from Python, a peer's one call of a session or module, each with all the threads that it takes by default.
 
 With few rows a layer is bound by memory. "again": one weight again and again, which stays in the last-level cache if it
 fits; "in turn": weights in turn that are twice as large as that cache together. `machine_peak.cc` measures what the
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,6 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 ROUNDS, BUDGET_S = 3, 0.05  # of each measurement
 FEW_ROWS = 4  # up to which weights are also read in turn
-PEERS = ("onnxruntime", "torch")
 
 # Our formats: (qtype, tile, int8 activations).
 FORMATS: dict[str, tuple[str, int | None, bool]] = {
@@ -64,7 +64,7 @@ IN_TURN = (
 
 def times_ms(call: Callable[[int], object]) -> list[float]:
     """Of calls with the numbers 0, 1, ..., for a short time, after two that do not count."""
-    time.sleep(0.005)  # threads of another library stop spinning
+    time.sleep(0.02)  # threads of another library stop spinning
     for i in range(2):
         call(i)
     times: list[float] = []
@@ -129,16 +129,45 @@ class Ours:
         return times_ms(lambda i: product(x, some[i % len(some)]).block_until_ready())
 
 
-class Peers:
-    """The layers of ONNX Runtime and PyTorch; lives in their interpreter."""
+# name -> (what makes one more layer, bytes of its weight)
+Makers = dict[str, tuple[Callable[[], Callable[[int], object]], int]]
+
+
+class Peer:
+    """The layers of another library; lives in its interpreter."""
+
+    def layers_of(self, k: int, n: int) -> Makers:
+        raise NotImplementedError
 
     def prepare(self, k: int, n: int) -> list[str]:
-        import torch
+        rng = np.random.default_rng(0)
+        self.inputs = {m: rng.standard_normal((m, k)).astype(np.float32) for m in ROWS}
+        self.makers = self.layers_of(k, n)
+        self.layers = {name: [make()] for name, (make, _) in self.makers.items()}
+        return list(self.layers)
+
+    def measure(self, name: str, rows: int, in_turn: bool) -> list[float]:
+        layers, (make, nbytes) = self.layers[name], self.makers[name]
+        while in_turn and len(layers) < copies_of(nbytes):
+            layers.append(make())
+        some = layers if in_turn else layers[:1]
+        return times_ms(lambda i: some[i % len(some)](rows))
+
+    def serve(self) -> None:
+        """Does what a line of standard input says, one after the other."""
+        for line in sys.stdin:
+            name, *args = json.loads(line)
+            print(json.dumps(getattr(self, name)(*args)), flush=True)
+
+
+class OnnxRuntime(Peer):
+    """Its layers."""
+
+    def layers_of(self, k: int, n: int) -> Makers:
         from onnx import helper
 
         rng = np.random.default_rng(0)
         w = rng.standard_normal((k, n)).astype(np.float32)
-        self.inputs = {m: rng.standard_normal((m, k)).astype(np.float32) for m in ROWS}
         q = np.clip(np.round(w / (np.abs(w).max(0) / 127)), -127, 127).astype(np.int8)
         scale = (np.abs(w).max(0) / 127).astype(np.float32)
         dynamic = [
@@ -148,8 +177,7 @@ class Peers:
             helper.make_node("Mul", ["xs", "ws"], ["scale"]),
             helper.make_node("Mul", ["floats", "scale"], ["y"]),
         ]
-        # name -> (what makes one more layer, bytes of its weight)
-        self.makers: dict[str, tuple[Callable[[], Callable[[int], object]], int]] = {
+        makers: Makers = {
             "onnxruntime f32": (
                 lambda: self._session(k, n, [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}),
                 w.nbytes,
@@ -171,31 +199,14 @@ class Peers:
                 )
                 codes = rng.integers(0, 256, (n, -(-k // tile), tile // 2), dtype=np.uint8)
                 scales = rng.random(n * -(-k // tile)).astype(np.float32)
-                self.makers[f"onnxruntime int4 g{tile}, {kind}"] = (
+                makers[f"onnxruntime int4 g{tile}, {kind}"] = (
                     lambda node=node, codes=codes, scales=scales: self._session(
                         k, n, [node], {"w": codes, "s": scales}
                     ),
                     codes.nbytes + scales.nbytes,
                 )
 
-        def linear(quantized: bool) -> Callable[[int], object]:
-            module: Any = torch.nn.Linear(k, n, bias=False)
-            if quantized:
-                module = torch.ao.quantization.quantize_dynamic(
-                    torch.nn.Sequential(module), {torch.nn.Linear}, dtype=torch.qint8
-                )
-            given = {m: torch.from_numpy(x) for m, x in self.inputs.items()}
-
-            def call(rows: int) -> object:
-                with torch.no_grad():
-                    return module(given[rows])
-
-            return call
-
-        self.makers["torch f32"] = (lambda: linear(False), w.nbytes)
-        self.makers["torch int8 dynamic"] = (lambda: linear(True), q.nbytes)
-        self.layers = {name: [make()] for name, (make, _) in self.makers.items()}
-        return list(self.layers)
+        return makers
 
     def _session(self, k: int, n: int, nodes: list[Any], constants: dict[str, np.ndarray]) -> Callable[[int], object]:
         import onnxruntime
@@ -213,45 +224,60 @@ class Peers:
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         return lambda rows: session.run(None, {"x": self.inputs[rows]})
 
-    def measure(self, name: str, rows: int, in_turn: bool) -> list[float]:
-        layers, (make, nbytes) = self.layers[name], self.makers[name]
-        while in_turn and len(layers) < copies_of(nbytes):
-            layers.append(make())
-        some = layers if in_turn else layers[:1]
-        return times_ms(lambda i: some[i % len(some)](rows))
 
-    def serve(self) -> None:
-        """Does what a line of standard input says, one after the other."""
-        for line in sys.stdin:
-            name, *args = json.loads(line)
-            print(json.dumps(getattr(self, name)(*args)), flush=True)
+class Torch(Peer):
+    """The layers of PyTorch."""
+
+    def layers_of(self, k: int, n: int) -> Makers:
+        import torch
+
+        def linear(quantized: bool) -> Callable[[int], object]:
+            module: Any = torch.nn.Linear(k, n, bias=False)
+            if quantized:
+                module = torch.ao.quantization.quantize_dynamic(
+                    torch.nn.Sequential(module), {torch.nn.Linear}, dtype=torch.qint8
+                )
+            given = {m: torch.from_numpy(x) for m, x in self.inputs.items()}
+
+            def call(rows: int) -> object:
+                with torch.no_grad():
+                    return module(given[rows])
+
+            return call
+
+        return {"torch f32": (lambda: linear(False), 4 * k * n), "torch int8 dynamic": (lambda: linear(True), k * n)}
+
+
+PEERS: dict[str, type[Peer]] = {"onnxruntime": OnnxRuntime, "torch": Torch}
 
 
 class Remote:
-    """`Peers` in another interpreter."""
+    """A peer in another interpreter, stopped but for its turns: threads of it that spin would take a core."""
 
-    def __init__(self, python: str, rows: list[int]):
-        command = [python, "-W", "ignore", __file__, "--serve", "--rows", *map(str, rows)]
+    def __init__(self, python: str, peer: str, rows: list[int]):
+        command = [python, "-W", "ignore", __file__, "--serve", peer, "--rows", *map(str, rows)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.send_signal(signal.SIGCONT)
             print(json.dumps([name, *args]), file=self.process.stdin, flush=True)
             if not (answer := self.process.stdout.readline()):
-                raise RuntimeError("the process of the peers has ended: its errors are above")
+                raise RuntimeError("the process of a peer has ended: its errors are above")
+            self.process.send_signal(signal.SIGSTOP)
             return json.loads(answer)
 
         return call
 
 
-def measure(shapes: list[tuple[int, int]], rows: list[int], peers: Remote | None) -> Iterator[dict[str, Any]]:
+def measure(shapes: list[tuple[int, int]], rows: list[int], peers: list[Remote]) -> Iterator[dict[str, Any]]:
     """One record for each layer, number of rows, and way of reading weights."""
     mine = Ours()
     for k, n in shapes:
         makers: dict[str, Any] = dict.fromkeys(mine.prepare(k, n), mine)
-        if peers is not None:
-            makers |= dict.fromkeys(peers.prepare(k, n), peers)
+        for peer in peers:
+            makers |= dict.fromkeys(peer.prepare(k, n), peer)
         for m in rows:
             for in_turn in (False, True) if m <= FEW_ROWS else (False,):
                 names = [name for name in makers if not in_turn or name in IN_TURN]
@@ -342,7 +368,7 @@ def plot(records: list[dict[str, Any]], path: str) -> None:
         "torch": ("tab:red", "v-"),
     }
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
-        for name in ("jax f32", *(x if x.startswith(PEERS) else f"qwix {x}" for x in names)):
+        for name in ("jax f32", *(x if x.startswith(tuple(PEERS)) else f"qwix {x}" for x in names)):
             points = [
                 (r["m"], r["ms"]) for r in records if (r["name"], r["k"], r["n"], r["in_turn"]) == (name, k, n, False)
             ]
@@ -371,16 +397,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="KxN", help=f"default: {' '.join(shapes)}")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M")
     parser.add_argument("--plot", metavar="FILE", help="also a picture of the largest shape")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     ROWS[:] = args.rows
     if args.serve:
-        Peers().serve()
+        PEERS[args.serve]().serve()
         return
     peak = machine_peak()
-    peers = Remote(args.peers, args.rows) if args.peers else None
+    peers = [Remote(args.peers, peer, args.rows) for peer in PEERS] if args.peers else []
     sizes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes)]
-    records = list(measure(sizes, args.rows, peers))
+    try:
+        records = list(measure(sizes, args.rows, peers))
+    finally:
+        for peer in peers:
+            peer.process.kill()
     report(records, peak)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "cpu_linear.json").write_text(json.dumps({"machine": peak, "records": records}, indent=1))

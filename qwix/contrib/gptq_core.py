@@ -54,7 +54,7 @@ def _second_moments(samples: jax.Array) -> jax.Array:
     features = samples.shape[1]
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        # Contracting the first axis reads activations as they lie in memory; of the last one XLA makes transposed copies.
+        # Contracting the first axis reads activations as they lie in memory; of the last one XLA makes copies.
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
     if features < 1024:
