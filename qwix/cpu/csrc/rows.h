@@ -429,7 +429,7 @@ void each_pass(const Job& job, const Range& range, int64_t most_steps, Waiting* 
   }
 }
 
-constexpr int64_t kStreamAhead = 1024;  // of codes that one group of rows reads, once
+constexpr int64_t kStreamAhead = 256;  // of codes that one group of rows reads, once; the CPU looks further by itself
 
 // Fetches what lies `ahead` bytes after p into the cache; there need be nothing.
 inline void prefetch(const void* p, int64_t ahead) {
