@@ -22,8 +22,7 @@ int64_t row_bytes(const Job& job) {
 void prepare(const Job& job, int64_t begin, int64_t end) {
   each_group(job, begin, end, [&](int64_t first, int64_t rows) {
     if (!job.integer()) {
-      float* out = reinterpret_cast<float*>(job.rows + first * job.row_stride);
-      for (int64_t r = 0; r < rows; ++r) prepare_floats(job, first + r, out + r, rows);
+      prepare_floats(job, first, rows, reinterpret_cast<float*>(job.rows + first * job.row_stride));
     } else if (is_full(job.format)) {
       prepare_group<FullDot>(job, first, rows);
     } else {

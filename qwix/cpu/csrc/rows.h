@@ -223,17 +223,19 @@ void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
   });
 }
 
-// Floats of a row of a group, to out, out + stride, ...
-void prepare_floats(const Job& job, int64_t row, float* out, int64_t stride) {
+// Floats of a group of rows: all rows of 16 k before the next, so that what is written stays in the first cache.
+inline void prepare_floats(const Job& job, int64_t first, int64_t rows, float* out) {
   for (int64_t t = 0; t < job.tiles; ++t) {
-    with_elements(job, row, t * job.tile, [&](const auto& x) {
-      for (int64_t i = 0; i < job.padded_tile; i += 16) {
+    for (int64_t i = 0; i < job.padded_tile; i += 16) {
+      const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
+      const int64_t padded = std::min<int64_t>(16, job.padded_tile - i);
+      for (int64_t r = 0; r < rows; ++r) {
         float lanes[16];
-        Simd::fstore(lanes, x.at(i, std::clamp<int64_t>(job.tile - i, 0, 16)));
-        const int64_t left = std::min<int64_t>(16, job.padded_tile - i);
-        for (int64_t j = 0; j < left; ++j, out += stride) *out = lanes[j];
+        Simd::fstore(lanes, with_elements(job, first + r, t * job.tile, [&](const auto& x) { return x.at(i, count); }));
+        for (int64_t j = 0; j < padded; ++j) out[j * rows + r] = lanes[j];
       }
-    });
+      out += padded * rows;
+    }
   }
 }
 
