@@ -29,7 +29,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-ROUNDS, BUDGET_S = 3, 0.05  # of each measurement
+ROUNDS, BUDGET_S = 7, 0.05  # of each measurement
 FEW_ROWS = 4  # up to which weights are also read in turn
 
 # Our formats: (qtype, tile, int8 activations).

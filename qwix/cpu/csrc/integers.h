@@ -136,7 +136,10 @@ void integer_group(const Job& job, int64_t block, int64_t row, int64_t rows, con
   });
 }
 
-constexpr int64_t kPartK = 1024;  // of a part, where there are several groups of rows
+constexpr int64_t kPanelPartK = 1024;
+// The k of a part, where there are several groups of rows: their activations fit the first cache, with a decoded panel if
+// there is one.
+constexpr int64_t k_of_part(Format f) { return is_nibble(f) ? kPanelPartK : 2048; }
 
 template <Format kFormat>
 void integer_product(const Job& job, const Range& range, char* workspace) {
@@ -145,7 +148,7 @@ void integer_product(const Job& job, const Range& range, char* workspace) {
   if (group_size(Simd::kRows, rows) == rows) {
     // In parts only as extras follow while their codes are in the cache; a single row has few of them.
     const bool in_parts = Simd::Dot<is_full(kFormat)>::kSaturates && rows > 1;
-    const int64_t most = in_parts ? kPartK / step_k(kFormat) : INT64_MAX;
+    const int64_t most = in_parts ? k_of_part(kFormat) / step_k(kFormat) : INT64_MAX;
     for (int64_t block = range.block; block < range.block_end; ++block) {
       const uint8_t* codes = job.codes + block * job.block_bytes();
       each_part(job, most, [&](const Part& part) {
@@ -155,7 +158,7 @@ void integer_product(const Job& job, const Range& range, char* workspace) {
     }
     return;
   }
-  const int64_t stride = job.block_bytes(), most = kPartK / step_k(kFormat);
+  const int64_t stride = job.block_bytes(), most = k_of_part(kFormat) / step_k(kFormat);
   auto at = [&](const Part& part) { return (part.tile * job.steps_of_tile() + part.step) * kStepBytes; };
   if constexpr (is_nibble(kFormat)) {
     uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);

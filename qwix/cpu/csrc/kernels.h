@@ -54,7 +54,7 @@ void multiply(const Job& job, int64_t block, int64_t block_end, int64_t begin, i
 // Sums that wait, and a panel: of bytes, or of floats. `each_part` gives at least one step.
 static_assert(kMomentsTile * kMomentsTile * sizeof(float) <= kWorkspaceBytes);
 static_assert(kDenseBytes <= kWorkspaceBytes);
-static_assert(kWaitingBytes + std::max<int64_t>(kPartK, kPanelK * sizeof(float)) * kColumns <= kWorkspaceBytes);
+static_assert(kWaitingBytes + std::max<int64_t>(kPanelPartK, kPanelK * sizeof(float)) * kColumns <= kWorkspaceBytes);
 
 constexpr Kernels kKernels = {Simd::kName, most_rows, row_bytes, prepare, multiply, attend, merge, attend_densely,
                               lay_out_samples, moments};
