@@ -29,11 +29,11 @@ inline __attribute__((always_inline)) void each_k(const uint8_t* codes, Fn fn) {
   const Bytes loaded = Simd::load_bytes(codes);
   auto nibbles = [&](auto... j) __attribute__((always_inline)) {
     // Of byte i of a column, the low half is k = i and the high one k = 4 + i.
-    if constexpr (kFormat == kInt4) {
+    if constexpr (kFormat == kInt4 && !Simd::kFastLookup) {
       const Bytes numbers = Simd::flip(loaded, 0x88);
       (fn(j, Simd::to_float(Simd::template field<j % 4 * 8 + j / 4 * 4, 4>(numbers))), ...);
     } else {
-      (fn(j, Simd::template field_lookup<j % 4 * 8 + j / 4 * 4>(kNF4Points, loaded)), ...);
+      (fn(j, Simd::template field_lookup<j % 4 * 8 + j / 4 * 4>(points<kFormat>(), loaded)), ...);
     }
   };
   auto bytes = [&](const Bytes& v, auto... j) __attribute__((always_inline)) {
@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) void each_k(const uint8_t* codes, Fn fn) {
       (fn(j, Simd::to_float(Simd::template field<j % 4 * 8, 8>(v))), ...);
     }
   };
-  if constexpr (kFormat == kInt4 || kFormat == kNF4) {
+  if constexpr (kFormat == kInt4 || kFormat == kNF4 || (kFormat == kE2M1 && Simd::kFastLookup)) {
     nibbles(K<0>(), K<1>(), K<2>(), K<3>(), K<4>(), K<5>(), K<6>(), K<7>());
   } else if constexpr (kFormat == kE2M1) {
     bytes(Simd::lookup(kE2M1Twice, Simd::low_nibbles(loaded)), K<0>(), K<1>(), K<2>(), K<3>());

@@ -28,6 +28,17 @@ constexpr float kNF4Points[16] = {
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
     0.7229568362236023f, 1.0f};
+constexpr float kInt4Points[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr float kE2M1Points[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
+
+// The numbers of a format of 4 bits, by code: exact, times `unit`.
+template <Format kFormat>
+constexpr const float (&points())[16] {
+  static_assert(is_nibble(kFormat));
+  if constexpr (kFormat == kNF4) return kNF4Points;
+  if constexpr (kFormat == kE2M1) return kE2M1Points;
+  return kInt4Points;
+}
 
 // What the numbers of a format are multiplied by to give those that the kernels compute with.
 constexpr float unit(Format f) { return f == kE2M1 ? 0.5f : 1.0f; }

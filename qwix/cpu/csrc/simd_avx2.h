@@ -182,6 +182,7 @@ struct Simd {
   // Products of table[code] with one row: the bytes of four k of a column become the floats of four lanes, as shuffles
   // of bytes are quicker than those of lanes. So a register has two columns, and a sum four registers of each half.
   static constexpr bool kFourK = true;
+  static constexpr bool kFastLookup = false;
   struct FourK {
     __m256i planes[4];  // the j-th bytes of the table's floats
     __m256 sums[8];

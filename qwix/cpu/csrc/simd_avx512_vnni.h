@@ -119,6 +119,7 @@ struct Simd {
     return {_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(kE4 ? 0x1p120f : 0x1p112f))};
   }
   static constexpr bool kFourK = false;
+  static constexpr bool kFastLookup = true;
 
   template <bool kFull>
   struct Dot {

@@ -185,6 +185,7 @@ struct Simd {
 
   static constexpr bool kFiniteFp8 = false;
   static constexpr bool kFourK = false;
+  static constexpr bool kFastLookup = false;
 
   // The instruction multiplies signed bytes: full codes have 128 taken off.
   template <bool kFull>

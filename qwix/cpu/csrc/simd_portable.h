@@ -185,6 +185,8 @@ struct Simd {
   static constexpr bool kFiniteFp8 = false;
   // Whether the layer has `FourK`: the products of nf4 with one row, four k in the lanes of a column.
   static constexpr bool kFourK = false;
+  // Whether `field_lookup` is quicker than to make floats of integers.
+  static constexpr bool kFastLookup = false;
 
   // Sums of products of codes and activations, for each column. kFull: codes of 8 bits, else up to 24.
   template <bool kFull>
