@@ -286,6 +286,21 @@ def test_a_large_product_on_several_threads() -> None:
     assert_product(y, in_float64(xq), in_float64(q))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("qtype", ["int8", "int4"])
+def test_more_rows_and_columns_than_one_pass_takes(kernel: int, qtype: str) -> None:
+    rng = np.random.default_rng(9)
+    q = weight(rng, 520, 150, qtype, None, "absmax")
+    x = rng.standard_normal((300, 520)).astype(np.float32)
+    p = packed.pack(q)
+    xq = qarray.quantize(jnp.asarray(x), HowToQuantize(qtype="int8", channelwise_axes=(0,)))
+    for m in (129, 300):
+        y = run(jnp.asarray(x[:m]), p, native.FLOAT, kernel)
+        assert_product(y, x[:m].astype(np.float64), in_float64(q))
+        y = run(xq.qvalue[:m], p, native.QUANTIZED, kernel, x_scale=xq.scale[:m])
+        assert_product(y, in_float64(xq)[:m], in_float64(q), 1e-6)
+
+
 def test_empty_batch() -> None:
     q = weight(np.random.default_rng(5), 16, 8, "int8", None, "absmax")
     assert run(jnp.zeros((0, 16)), packed.pack(q), native.DYNAMIC, 0).shape == (0, 8)

@@ -76,9 +76,10 @@ void run(Job& job, const Kernels& kernels, ffi::ThreadPool& pool, int64_t worker
   const int64_t all_blocks = job.leads * job.blocks;
   // Enough items that threads finish together, and not so many that taking one costs; 32 KiB of codes, or 4 million
   // products, take some microseconds.
-  const int64_t cost = std::max(job.block_bytes(), job.block_bytes() * std::min(job.m, kRowsOfItem) / 8);
+  const int64_t most_of_item = kernels.rows_of_item(job) / most * most;
+  const int64_t cost = std::max(job.block_bytes(), job.block_bytes() * std::min(job.m, most_of_item) / 8);
   int64_t blocks = std::clamp<int64_t>(32768 / std::max<int64_t>(1, cost), 1, all_blocks);
-  int64_t rows = kRowsOfItem / most * most;
+  int64_t rows = most_of_item;
   if (workers > 1) {
     const int64_t wanted = std::max<int64_t>(1, 8 * workers / ((job.m + rows - 1) / rows));
     blocks = std::clamp<int64_t>(all_blocks / wanted, blocks, std::max<int64_t>(blocks, 64));

@@ -64,7 +64,7 @@ struct Job {
   int64_t block_bytes() const { return tiles * steps_of_tile() * kStepBytes; }
 };
 
-inline constexpr int64_t kRowsOfItem = 128;             // at most, in one call of `multiply`
+inline constexpr int64_t kRowsOfItem = 128;             // in one call of `multiply`; of some products twice as many
 inline constexpr int64_t kWorkspaceBytes = 608 * 1024;  // that it is given
 
 inline constexpr int64_t kKeysOfPart = 128;
@@ -122,11 +122,13 @@ struct Kernels {
   const char* name;
   // How many rows are multiplied at once: `begin` and `end` are multiples of it below, or the end that of the rows.
   int64_t (*most_rows)(const Job&);
+  // How many rows one call of `multiply` takes at most.
+  int64_t (*rows_of_item)(const Job&);
   // Bytes of a prepared row, a multiple of 4.
   int64_t (*row_bytes)(const Job&);
   // Rows [begin, end) of x into `rows`, `row_scale` and `row_sum`.
   void (*prepare)(const Job&, int64_t begin, int64_t end);
-  // Columns of blocks [block, block_end), rows [begin, end) of the output, of which there are at most kRowsOfItem.
+  // Columns of blocks [block, block_end), rows [begin, end) of the output.
   void (*multiply)(const Job&, int64_t block, int64_t block_end, int64_t begin, int64_t end, char* workspace);
   // One part of the keys of a head, and, after all of them, one query.
   void (*attend)(const Attention&, int64_t head, int64_t part);

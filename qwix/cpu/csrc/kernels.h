@@ -14,6 +14,9 @@
 namespace qwix {
 namespace {
 
+// Each item of floats dequantizes its weights, so that more rows share that.
+int64_t rows_of_item(const Job& job) { return job.integer() ? kRowsOfItem : 2 * kRowsOfItem; }
+
 int64_t row_bytes(const Job& job) {
   if (job.integer() && is_full(job.format) && FullDot::kSaturates) return Limited<FullDot>::row_bytes(job.padded_k());
   return job.padded_k() * (job.integer() ? 1 : static_cast<int64_t>(sizeof(float)));
@@ -56,8 +59,8 @@ static_assert(kMomentsTile * kMomentsTile * sizeof(float) <= kWorkspaceBytes);
 static_assert(kDenseBytes <= kWorkspaceBytes);
 static_assert(kWaitingBytes + std::max<int64_t>(kPanelPartK, kPanelK * sizeof(float)) * kColumns <= kWorkspaceBytes);
 
-constexpr Kernels kKernels = {Simd::kName, most_rows, row_bytes, prepare, multiply, attend, merge, attend_densely,
-                              lay_out_samples, moments};
+constexpr Kernels kKernels = {Simd::kName, most_rows, rows_of_item, row_bytes, prepare, multiply, attend, merge,
+                              attend_densely, lay_out_samples, moments};
 
 }  // namespace
 }  // namespace qwix

@@ -431,8 +431,9 @@ constexpr int64_t kWaitingBytes = kBlocksOfPass * kRowsOfItem * static_cast<int6
 template <class Fn>
 void each_pass(const Job& job, const Range& range, int64_t most_steps, Waiting* waiting, Fn fn) {
   const int64_t rows = range.end - range.begin, stride = job.block_bytes();
-  for (int64_t start = range.block; start < range.block_end; start += kBlocksOfPass) {
-    const int64_t end = std::min(range.block_end, start + kBlocksOfPass);
+  const int64_t blocks = rows > kRowsOfItem ? kBlocksOfPass / 2 : kBlocksOfPass;
+  for (int64_t start = range.block; start < range.block_end; start += blocks) {
+    const int64_t end = std::min(range.block_end, start + blocks);
     each_part(job, most_steps, [&](const Part& part) {
       for (int64_t block = start; block < end; ++block) {
         const int64_t ahead = block + 1 < end ? stride : part.steps() * kStepBytes - (end - 1 - start) * stride;
