@@ -12,6 +12,7 @@ fits; "in turn": weights in turn that are twice as large as that cache together.
 machine can do, if there is a compiler.
 """
 
+import abc
 import argparse
 import json
 import os
@@ -133,11 +134,12 @@ class Ours:
 Makers = dict[str, tuple[Callable[[], Callable[[int], object]], int]]
 
 
-class Peer:
+class Peer(abc.ABC):
     """The layers of another library; lives in its interpreter."""
 
+    @abc.abstractmethod
     def layers_of(self, k: int, n: int) -> Makers:
-        raise NotImplementedError
+        """Those of a shape, by name."""
 
     def prepare(self, k: int, n: int) -> list[str]:
         rng = np.random.default_rng(0)
@@ -161,7 +163,7 @@ class Peer:
 
 
 class OnnxRuntime(Peer):
-    """Its layers."""
+    """The layers of ONNX Runtime."""
 
     def layers_of(self, k: int, n: int) -> Makers:
         from onnx import helper

@@ -136,9 +136,9 @@ void integer_group(const Job& job, int64_t block, int64_t row, int64_t rows, con
   });
 }
 
-constexpr int64_t kPanelPartK = 1024;
 // The k of a part, where there are several groups of rows: their activations fit the first cache, with a decoded panel if
 // there is one.
+constexpr int64_t kPanelPartK = 1024;
 constexpr int64_t k_of_part(Format f) { return is_nibble(f) ? kPanelPartK : 2048; }
 
 template <Format kFormat>
