@@ -14,6 +14,7 @@ machine can do, if there is a compiler.
 
 import abc
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -105,11 +106,13 @@ class Ours:
         w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
         self.inputs = {m: jnp.asarray(rng.standard_normal((m, k)), jnp.float32) for m in ROWS}
         self.products: dict[str, Any] = {"jax f32": jax.jit(lambda x, w: x @ w)}
-        self.weights: dict[str, list[Any]] = {"jax f32": [w]}
+        # What makes one more weight.
+        self.makers: dict[str, Callable[[], Any]] = {"jax f32": lambda: w.copy()}
         dims = (((1,), (0,)), ((), ()))
         for name, (qtype, tile, dynamic) in FORMATS.items():
             how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=(1,), tiled_axes={0: tile} if tile else {})
-            self.weights[f"qwix {name}"] = [packed.pack(padded_ptq.quantize(w, how))]
+            quantized = padded_ptq.quantize(w, how)
+            self.makers[f"qwix {name}"] = functools.partial(packed.pack, quantized)
             how_x = qarray.HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: tile} if tile else {})
 
             def product(x, weight, how_x=how_x, dynamic=dynamic):
@@ -117,6 +120,7 @@ class Ours:
                 return padded_ptq.dot_general(x, weight, dims)
 
             self.products[f"qwix {name}"] = jax.jit(product)
+        self.weights = {name: [make()] for name, make in self.makers.items()}
         return list(self.products)
 
     def measure(self, name: str, rows: int, in_turn: bool) -> list[float]:
@@ -125,7 +129,7 @@ class Ours:
         weights, product, x = self.weights[name], self.products[name], self.inputs[rows]
         if in_turn and len(weights) == 1:
             nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
-            weights += [jax.tree.map(lambda leaf: leaf.copy(), weights[0]) for _ in range(copies_of(nbytes) - 1)]
+            weights += [self.makers[name]() for _ in range(copies_of(nbytes) - 1)]
         some = weights if in_turn else weights[:1]
         return times_ms(lambda i: product(x, some[i % len(some)]).block_until_ready())
 

@@ -136,7 +136,8 @@ def matmul(
     there, it is the same in all of them.
 
     Args:
-      x: (M, K) float32 or bfloat16; int8 in mode QUANTIZED.
+      x: (M, K) float32 or bfloat16; int8 in mode QUANTIZED. The last tile may have more than what is left of K for it:
+        that is multiplied with nothing.
       x_scale: (M, 1) or (M, tiles) float32 in mode QUANTIZED, else None.
       codes: (blocks, steps, 64) uint8, the blocks of one lead after the other.
       scale: (blocks, tiles, 16), float32, bfloat16 or float16.
@@ -161,13 +162,13 @@ def matmul(
     batch = _check_product(operands, mode=mode, columns=columns, tile=tile, dtype=dtype)
     leads = codes.shape[-3] // max(-(-columns // 16), 1)
     none = functools.partial(jnp.zeros, (0,))  # no constant, which would be a parameter of a partitioned call
-    rows, k = x.shape[-2:]
+    rows = x.shape[-2]
     padded = -(-tile // 8) * 8
     # The rows of x as the kernels want them: floats, or three bfloat16 each, in chunks of 32 k; or codes with a header.
     # And two numbers for each tile.
     in_chunks = padded if padded <= 32 else -(-padded // 32) * 32
     tile_bytes = max(4 * padded, 6 * in_chunks) if mode == FLOAT else 3 * padded
-    row_bytes = k // tile * (tile_bytes + 8) + 128
+    row_bytes = scale.shape[-2] * (tile_bytes + 8) + 128
     call = jax.ffi.ffi_call(
         MATMUL,
         [
@@ -216,7 +217,13 @@ def _check_product(operands: dict[str, Any], *, mode: int, columns: int, tile: i
     core = {name: shape[len(batch) :] for name, shape in shapes.items()}
     rows, k = core["x"]
     blocks, tiles, per_lead = core["codes"][0], core["scale"][1], -(-columns // 16)
-    if tile < 1 or tiles * tile != k or columns < 1 or blocks % per_lead or core["codes"][2] != 64:
+    if (
+        tile < 1
+        or not (tiles - 1) * tile < k <= tiles * tile
+        or columns < 1
+        or blocks % per_lead
+        or core["codes"][2] != 64
+    ):
         refuse(f"K = {k} is not {tiles} tiles of {tile}, or the codes are not whole blocks of 16 columns")
     steps = tiles * -(-tile // 8)  # of 8 k in 64 bytes; of 8 bits, twice as many
     if core["codes"][1] not in (steps, 2 * steps) or core["scale"] != (blocks, tiles, 16):

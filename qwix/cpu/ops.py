@@ -357,8 +357,6 @@ def _multiply(
     x: jax.Array, scale: jax.Array | None, weight: PackedQArray, bias: jax.Array | None, product: Any
 ) -> jax.Array:
     """(M, K) times a packed (leads, K, N), and a bias (leads * N,): (M, leads * N)."""
-    missing = weight.layout.padded_k - x.shape[1]
-    x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
     bias = None if bias is None else bias.astype(jnp.float32)
     if not native.is_available():
         return _reference(x, scale, weight, bias, product)
@@ -422,6 +420,7 @@ def _reference(
     """The same product by the ops of `core/`, on the unpacked weight."""
     layout, w = weight.layout, packed.matrix(weight)
     lead = len(weight.lead)
+    x = jnp.pad(x, ((0, 0), (0, layout.padded_k - layout.k)))
     lhs: Any = x
     if product.mode == native.DYNAMIC:
         tiles = {} if layout.tiles == 1 else {1: layout.tile}

@@ -17,6 +17,7 @@ import pytest
 
 from qwix._src.core import qarray
 from qwix._src.core.qarray import HowToQuantize
+from qwix.contrib import padded_ptq
 from qwix.cpu import native, packed
 
 KERNELS = range(len(native.kernels()))
@@ -103,6 +104,39 @@ def test_dynamic_int8_activations(kernel: int, qtype: Any, tile: int | None, met
         assert np.abs(np.asarray(y, np.float64) - in_float64(xq) @ in_float64(q)).max() < 1e-5 + step
         y = run(xq.qvalue, p, native.QUANTIZED, kernel, x_scale=xq.scale.astype(jnp.float32))
         assert_product(y, in_float64(xq), in_float64(q), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("qtype", "tile", "k"),
+    [
+        ("int8", 48, 109),
+        ("int8", 1100, 2100),
+        ("int4", 128, 345),
+        ("int4", 2100, 2070),
+        ("mxfp4", 32, 65),
+        ("nf4", 40, 50),
+    ],
+)
+def test_a_last_tile_that_is_cut_short(kernel: int, qtype: Any, tile: int, k: int) -> None:
+    """K ends within the last tile: nothing is read beyond it, and what a weight has there counts for nothing."""
+    rng = np.random.default_rng(10)
+    q = weight(rng, -(-k // tile) * tile, 37, qtype, tile, "absmax")
+    p, w = packed.pack(q, (0,)), in_float64(q)[:k]
+    for m, dtype in ROWS:
+        x = rng.standard_normal((m, k)).astype(dtype)
+        assert_product(run(jnp.asarray(x), p, native.FLOAT, kernel), x.astype(np.float64), w)
+        if qtype == "nf4":
+            continue
+        how = HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: tile})
+        xq = padded_ptq.quantize(jnp.asarray(x), how)
+        x_scale = xq.scale.astype(jnp.float32)
+        rounded = np.asarray(padded_ptq.dequantize(xq.astype(jnp.float32)), np.float64)
+        y = run(xq.qvalue, p, native.QUANTIZED, kernel, x_scale=x_scale)
+        assert_product(y, rounded, w, 1e-6)
+        step = np.asarray(x_scale).max() * np.abs(w).max()  # a code at a tie may be one off
+        y = run(jnp.asarray(x), p, native.DYNAMIC, kernel)
+        assert np.abs(np.asarray(y, np.float64) - rounded @ w).max() < 1e-5 + step
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

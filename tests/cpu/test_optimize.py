@@ -140,6 +140,32 @@ def test_what_no_kernel_reads_is_named() -> None:
         cpu.optimize_for_inference(Mlp())
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="only Linux gives pages of 2 MiB to who asks for them, if its kernel was built so",
+)
+def test_a_large_weight_lies_in_large_pages() -> None:
+    w = qarray.quantize_api(jnp.ones((2048, 2112), jnp.float32), jnp.int8, channelwise_axes=(1,))
+    w = w.replace(qvalue=jnp.arange(2048 * 2112, dtype=jnp.int32).reshape(2048, 2112).astype(jnp.int8))
+    p = packed.pack(w)
+    start = p.qvalue.unsafe_buffer_pointer()
+    assert start % 2**21 == 0
+    # "hg" is among the flags of a mapping that was asked for, whether there were such pages or not.
+    mappings = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.M | re.S
+    )
+    flags = [found for low, high, found in mappings if int(low, 16) <= start < int(high, 16)]
+    assert "hg" in flags[0].split()
+    np.testing.assert_array_equal(packed.unpack(p).qvalue, w.qvalue)
+    # An array like any other: of the device that it was on, and safe to donate.
+    assert not p.qvalue.committed
+    on_second = packed.pack(jax.device_put(w, jax.devices()[1]))
+    assert on_second.qvalue.devices() == {jax.devices()[1]} and on_second.qvalue.committed
+    total = int(p.qvalue.sum())
+    jax.jit(lambda codes: codes + 1, donate_argnums=0)(on_second.qvalue)
+    assert int(p.qvalue.sum()) == total
+
+
 # How the weight and the activations lie, and the largest array that devices may exchange: activations, sums, scales.
 SHARDED = {
     "columns": ((None, "d"), (None, None), 0),
@@ -179,6 +205,29 @@ def test_sharded_weights_stay_where_they_are(name: str, tile: int | None, act: b
     assert max((int(np.prod([int(n) for n in dims.split(",")])) for dims in found), default=0) <= most
     expected = dot_general.dot_general(qarray.quantize(x, how_x) if act else x, w, dims)
     np.testing.assert_allclose(product(given, p), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", [False, True], ids=["float", "int8"])
+def test_a_sharded_product_whose_last_tile_is_cut_short(act: bool) -> None:
+    """Columns stay where they are; K, which has no whole tiles, is gathered in the activations."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda leaf, *spec: jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
+    rng = np.random.default_rng(0)
+    how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(1,), tiled_axes={0: 32})
+    w = padded_ptq.quantize(jnp.asarray(rng.standard_normal((72, 256)), jnp.float32), how)
+    x = jnp.asarray(rng.standard_normal((16, 72)), jnp.float32)
+    how_x = qarray.HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: 32})
+    dims = (((1,), (0,)), ((), ()))
+    p = packed.pack(w)
+    sharded = jax.tree.map(lambda leaf: put(leaf, "d"), p)
+    product = jax.jit(
+        lambda x, p: padded_ptq.dot_general(qarray.UnquantizedQArray(x, how_x, padded_ptq) if act else x, p, dims)
+    )
+    expected = padded_ptq.dot_general(padded_ptq.quantize(x, how_x) if act else x, w, dims)
+    for spec in ((None, None), ("d", None), (None, "d")):
+        found = product(put(x, *spec), sharded)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+        assert spec[0] or found.sharding.spec == jax.P(None, "d")
 
 
 def test_within_shard_map() -> None:

@@ -123,7 +123,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer,
   job.tile = tile;
   job.padded_tile = (tile + 7) / 8 * 8;
   // What the Python side made sure of; read past the end of an array by no means.
-  if (job.tile < 1 || job.tiles * job.tile != job.k || job.leads * job.blocks != codes.dim(0) ||
+  if (job.tile < 1 || job.k > job.tiles * job.tile || job.k <= (job.tiles - 1) * job.tile ||
+      job.leads * job.blocks != codes.dim(0) ||
       codes.dim(1) * codes.dim(2) != job.block_bytes() || scale.dim(0) != codes.dim(0) || scale.dim(2) != kColumns ||
       y.dim(0) != job.m || y.dim(1) != job.leads * n) {
     return invalid("shapes do not fit");

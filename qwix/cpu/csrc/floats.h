@@ -63,7 +63,6 @@ Floats signed_zeros(const Job& job, int64_t block, int64_t tile) {
 template <Format kFormat, bool kAsymmetric, int kRows>
 void float_rows(const Job& job, int64_t block, int64_t row) {
   constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // sums in parallel, to hide the latency of fma
-  const int64_t steps = job.steps_of_tile();
   const uint8_t* codes = job.codes + block * job.block_bytes();
   const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride);
   Floats out[kRows];
@@ -74,7 +73,7 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
       for (Floats& v : set) v = Simd::fset(0);
     }
     const Floats zeros = kAsymmetric ? signed_zeros(job, block, t) : Simd::fset(0);
-    for (int64_t s = 0; s < steps; ++s, codes += kStepBytes, x += step_k(kFormat) * kRows) {
+    for (int64_t s = job.steps_of_tile(t); s > 0; --s, codes += kStepBytes, x += step_k(kFormat) * kRows) {
       prefetch(codes, kStreamAhead);
       each_k<kFormat>(codes, [&](auto j, Floats w) __attribute__((always_inline)) {
         if constexpr (kAsymmetric) w = Simd::fsub(w, zeros);
@@ -99,14 +98,13 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
 // The same of one row of nf4, on layers that have `FourK`.
 template <class Layer>
 void four_k_row(const Job& job, int64_t block) {
-  const int64_t steps = job.steps_of_tile();
   const uint8_t* codes = job.codes + block * job.block_bytes();
   const float* x = reinterpret_cast<const float*>(job.rows);
   Floats out = Simd::fset(0);
   typename Layer::FourK sums(kNF4Points);
   for (int64_t t = 0; t < job.tiles; ++t) {
     sums.clear();
-    for (int64_t s = 0; s < steps; ++s, codes += kStepBytes, x += 8) {
+    for (int64_t s = job.steps_of_tile(t); s > 0; --s, codes += kStepBytes, x += 8) {
       prefetch(codes, kStreamAhead);
       const Bytes loaded = Simd::load_bytes(codes);
       sums.add(Simd::low_nibbles(loaded), x);

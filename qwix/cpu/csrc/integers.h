@@ -90,15 +90,14 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
         for (auto& set : partial) sums[r] = Simd::iadd(sums[r], Dot::sums(set[r]));
       }
     }
-    const bool is_whole = part.step_end == steps;
-    if (Dot::kSaturates || !is_whole) {
+    if (Dot::kSaturates || !part.ends_tile) {
       for (int r = 0; r < kRows; ++r) Simd::istore(waiting[r].ints, sums[r]);
     }
     if constexpr (Dot::kSaturates) {
       limited.add_extras(extra, t * steps + part.step, t * steps + part.step_end, block_codes, waiting);
       for (int r = 0; r < kRows; ++r) sums[r] = Simd::iload(waiting[r].ints);
     }
-    if (!is_whole) continue;
+    if (!part.ends_tile) continue;
     Floats scale = load_scale(job, block, t);
     if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
     const bool asymmetric = kFormat != kE2M1 && job.zeros != nullptr;

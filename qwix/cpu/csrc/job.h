@@ -36,7 +36,7 @@ struct Job {
   int64_t m, k, n;
   int64_t leads;   // matrices side by side in the output
   int64_t blocks;  // of 16 columns, in each lead
-  int64_t tile, padded_tile, tiles;
+  int64_t tile, padded_tile, tiles;  // k, of the rows of x, may end within the last tile
   Format format;
   Mode mode;
   float factor;  // of the largest magnitude, which a dynamic scale maps to 127.5
@@ -59,8 +59,14 @@ struct Job {
   int32_t* row_sum;    // (m, tiles): of codes, in integer modes
 
   bool integer() const { return mode != Mode::kFloat; }
+  // How many k of a tile there are.
+  int64_t k_of_tile(int64_t t) const { return t + 1 == tiles ? k - t * tile : tile; }
   int64_t padded_k() const { return tiles * padded_tile; }
   int64_t steps_of_tile() const { return padded_tile / step_k(format); }
+  // Those to take of a tile: nothing comes after the k of the last one.
+  int64_t steps_of_tile(int64_t t) const {
+    return t + 1 < tiles ? steps_of_tile() : (k_of_tile(t) + step_k(format) - 1) / step_k(format);
+  }
   int64_t block_bytes() const { return tiles * steps_of_tile() * kStepBytes; }
 };
 
@@ -143,7 +149,7 @@ struct Kernels {
 
 // Whether `prepare` has anything to do: a single row of floats lies as it is read.
 inline bool needs_prepare(const Job& job) {
-  return job.m > 1 || job.integer() || job.x_type != Type::kF32 || job.padded_tile != job.tile;
+  return job.m > 1 || job.integer() || job.x_type != Type::kF32 || job.padded_k() != job.k;
 }
 
 }  // namespace qwix

@@ -177,10 +177,10 @@ float dynamic_scale(const Job& job, float absmax) {
   return is_bf16 ? to_f32(to_bf16(scale)) : scale;
 }
 
-// Has put(k of the tile, Ints) write the codes of a tile, 16 at a time, `padded` of them: {scale, sum of the codes}.
+// Has put(k of the tile, Ints) write the codes of a tile of `size`, 16 at a time, `padded` of them: {scale, sum of the codes}.
 template <class Elements, class Fn>
-std::pair<float, int32_t> quantize_tile(const Job& job, const Elements& x, int64_t padded, Fn put) {
-  const float scale = dynamic_scale(job, largest_magnitude(x, job.tile));
+std::pair<float, int32_t> quantize_tile(const Job& job, const Elements& x, int64_t size, int64_t padded, Fn put) {
+  const float scale = dynamic_scale(job, largest_magnitude(x, size));
   // As XLA does on a CPU, where a scale is shared. A row with inf or NaN has codes of 0, as it has there.
   if (!(scale <= 3.4028234663852886e38f)) {
     for (int64_t i = 0; i < padded; i += 16) put(i, Simd::iset(0));
@@ -194,8 +194,8 @@ std::pair<float, int32_t> quantize_tile(const Job& job, const Elements& x, int64
     put(i, codes);
   };
   int64_t i = 0;
-  for (; i + 16 <= job.tile; i += 16) quantize(i, 16);
-  for (; i < padded; i += 16) quantize(i, std::max<int64_t>(0, job.tile - i));
+  for (; i + 16 <= size; i += 16) quantize(i, 16);
+  for (; i < padded; i += 16) quantize(i, std::max<int64_t>(0, size - i));
   return {scale, total(sum)};
 }
 
@@ -203,17 +203,17 @@ std::pair<float, int32_t> quantize_tile(const Job& job, const Elements& x, int64
 template <class Fn>
 void quantize_row(const Job& job, int64_t row, int64_t padded, Fn put) {
   for (int64_t t = 0; t < job.tiles; ++t) {
-    const int64_t k = t * job.tile, at = row * job.tiles + t;
+    const int64_t k = t * job.tile, size = job.k_of_tile(t), at = row * job.tiles + t;
     auto put_here = [&](int64_t i, Ints codes) __attribute__((always_inline)) { put(t, i, codes); };
     if (job.mode == Mode::kDynamic) {
       std::tie(job.row_scale[at], job.row_sum[at]) =
-          with_elements(job, row, k, [&](const auto& x) { return quantize_tile(job, x, padded, put_here); });
+          with_elements(job, row, k, [&](const auto& x) { return quantize_tile(job, x, size, padded, put_here); });
       continue;
     }
     Ints sum = Simd::iset(0);
     for (int64_t i = 0; i < padded; i += 16) {
       int8_t given[16] = {};
-      const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
+      const int64_t count = std::clamp<int64_t>(size - i, 0, 16);
       std::memcpy(given, static_cast<const int8_t*>(job.x) + row * job.k + k + i, static_cast<size_t>(count));
       const Ints codes = Simd::iload_s8(given);
       sum = Simd::iadd(sum, codes);
@@ -237,8 +237,9 @@ void prepare_codes(const Job& job, int64_t row, char* out, int64_t stride) {
 // Floats of a group of rows: all rows of 16 k before the next, so that what is written stays in the first cache.
 inline void prepare_floats(const Job& job, int64_t first, int64_t rows, float* out) {
   for (int64_t t = 0; t < job.tiles; ++t) {
+    const int64_t size = job.k_of_tile(t);
     for (int64_t i = 0; i < job.padded_tile; i += 16) {
-      const int64_t count = std::clamp<int64_t>(job.tile - i, 0, 16);
+      const int64_t count = std::clamp<int64_t>(size - i, 0, 16);
       const int64_t padded = std::min<int64_t>(16, job.padded_tile - i);
       for (int64_t r = 0; r < rows; ++r) {
         float lanes[16];
@@ -391,6 +392,7 @@ struct Output {
 struct Part {
   int64_t tile, tile_end;
   int64_t step, step_end;  // within a tile
+  bool ends_tile;          // with its last step
   bool first, last;        // of the row
 
   int64_t steps() const { return (tile_end - tile) * (step_end - step); }
@@ -400,18 +402,16 @@ struct Part {
 template <class Fn>
 void each_part(const Job& job, int64_t most, Fn fn) {
   const int64_t steps = job.steps_of_tile();
-  if (steps <= most) {
-    const int64_t tiles = std::max<int64_t>(1, most / steps);
-    for (int64_t t = 0; t < job.tiles; t += tiles) {
-      const int64_t end = std::min(job.tiles, t + tiles);
-      fn(Part{t, end, 0, steps, t == 0, end == job.tiles});
+  for (int64_t t = 0, tiles; t < job.tiles; t += tiles) {
+    const int64_t left = job.steps_of_tile(t);
+    tiles = 1;
+    if (left == steps && steps <= most) {
+      const bool is_cut = job.steps_of_tile(job.tiles - 1) != steps;
+      tiles = std::min(job.tiles - is_cut - t, std::max<int64_t>(1, most / steps));
     }
-    return;
-  }
-  for (int64_t t = 0; t < job.tiles; ++t) {
-    for (int64_t s = 0; s < steps; s += most) {
-      const int64_t end = std::min(steps, s + most);
-      fn(Part{t, t + 1, s, end, t == 0 && s == 0, t + 1 == job.tiles && end == steps});
+    for (int64_t s = 0; s < left; s += most) {
+      const int64_t end = std::min(left, s + most);
+      fn(Part{t, t + tiles, s, end, end == left, t == 0 && s == 0, t + tiles == job.tiles && end == left});
     }
   }
 }

@@ -88,11 +88,11 @@ void split(Floats x, int parts, int64_t count, char* out, int64_t stride) {
 void prepare_tiles_of_floats(const Job& job, const Chunks& chunks, int64_t row, int parts, int64_t rows, char* out) {
   for (int64_t t = 0; t < job.tiles; ++t) {
     with_elements(job, row, t * job.tile, [&](const auto& x) {
-      const float factor = parts == 1 ? 1.0f : normalizer(largest_magnitude(x, job.tile));
+      const float factor = parts == 1 ? 1.0f : normalizer(largest_magnitude(x, job.k_of_tile(t)));
       job.row_scale[row * job.tiles + t] = 1.0f / factor;
       for (int64_t i = 0; i < chunks.padded(); i += 16) {
         const int64_t at = i % chunks.k;
-        const Floats scaled = Simd::fmul(x.at(i, std::clamp<int64_t>(job.tile - i, 0, 16)), Simd::fset(factor));
+        const Floats scaled = Simd::fmul(x.at(i, std::clamp<int64_t>(job.k_of_tile(t) - i, 0, 16)), Simd::fset(factor));
         char* chunk = out + (t * chunks.count + i / chunks.k) * parts * rows * chunks.bytes;
         split(scaled, parts, std::min<int64_t>(16, chunks.k - at), chunk + 2 * at, rows * chunks.bytes);
       }
@@ -332,7 +332,7 @@ void tile_rows(const Job& job, const Chunks& chunks, int64_t block, int64_t row,
       add_chunk<kFormat, kIntegers, kXParts, kWParts, kBlocks, kGroups>(
           acts, act_bytes, chunks.bytes, kTileRows * job.row_stride, codes, codes_of_block);
     }
-    if (part.step_end != job.steps_of_tile()) {
+    if (!part.ends_tile) {
       each_sum([&](auto sum, int group, int b) {
         Tiles::store<decltype(sum)::value>(waiting_of(group, b)->ints, sizeof(Waiting));
       });
