@@ -45,6 +45,7 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
   constexpr int64_t kGroupActs = kRows * Dot::kGroupBytes;
   constexpr bool kLimited = is_full(kFormat) && FullDot::kSaturates;
   const int64_t steps = job.steps_of_tile();
+  const bool ends_tile = part.ends_tile;  // read from `part`, it would be again after each sum that is stored
   const Limited<Dot> limited(job, row, kRows);
   const char* const all_acts = kLimited ? limited.codes() : job.rows + row * job.row_stride;
   const uint8_t* const block_codes = job.codes + block * job.block_bytes();
@@ -90,14 +91,14 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
         for (auto& set : partial) sums[r] = Simd::iadd(sums[r], Dot::sums(set[r]));
       }
     }
-    if (Dot::kSaturates || !part.ends_tile) {
+    if (Dot::kSaturates || !ends_tile) {
       for (int r = 0; r < kRows; ++r) Simd::istore(waiting[r].ints, sums[r]);
     }
     if constexpr (Dot::kSaturates) {
       limited.add_extras(extra, t * steps + part.step, t * steps + part.step_end, block_codes, waiting);
       for (int r = 0; r < kRows; ++r) sums[r] = Simd::iload(waiting[r].ints);
     }
-    if (!part.ends_tile) continue;
+    if (!ends_tile) continue;
     Floats scale = load_scale(job, block, t);
     if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
     const bool asymmetric = kFormat != kE2M1 && job.zeros != nullptr;
