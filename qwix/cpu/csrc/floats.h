@@ -141,9 +141,7 @@ void panel_rows(const Job& job, int64_t block, int64_t row, const Part& part, co
   Floats out[kRows];
   for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
   const Output output(job, block);
-  if (part.last) {
-    for (int r = 0; r < kRows; ++r) output.prefetch(row + r);
-  }
+  if (part.last) output.prefetch(row, kRows);
   const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride) + k_begin * kRows;
   add_products<kRows, 1, kRows>(x, panel, k_count, out);
   if (part.last) {

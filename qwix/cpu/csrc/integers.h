@@ -52,9 +52,7 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
   Floats out[kRows];
   for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
   const Output output(job, block);
-  if (part.last) {
-    for (int r = 0; r < kRows; ++r) output.prefetch(row + r);
-  }
+  if (part.last) output.prefetch(row, kRows);
   [[maybe_unused]] const typename Limited<Dot>::Extra* extra = nullptr;
   if constexpr (Dot::kSaturates) extra = limited.first_extra(part.tile * steps + part.step);
   for (int64_t t = part.tile; t < part.tile_end; ++t) {

@@ -349,6 +349,7 @@ struct Output {
   Type type;
   Activation activation;
   int64_t count, stride, at;  // columns; results of a row; the first column of all leads
+  bool is_large;              // for the second-level cache
   void* y;
   const float* bias;
 
@@ -357,11 +358,19 @@ struct Output {
     const int64_t column = block % job.blocks * kColumns;
     count = std::min(kColumns, job.n - column);
     at = block / job.blocks * job.n + column;
+    is_large = job.m * stride > 1 << 18;
   }
 
-  // Asks for the memory of results before they are known: those of a block lie a row apart, where no hardware expects them.
-  void prefetch(int64_t row) const {
-    __builtin_prefetch(static_cast<char*>(y) + (row * stride + at) * (type == Type::kF32 ? 4 : 2), 1);
+  // Asks for the memory of results before they are known, where there is much of it: those of a block lie a row apart,
+  // where no hardware expects them. (GCC drops calls of a function that only does this, unless they are inlined first.)
+  inline __attribute__((always_inline)) void prefetch(int64_t row, int rows) const {
+    if (!is_large) return;
+    const int64_t size = type == Type::kF32 ? 4 : 2;
+    const char* to = static_cast<char*>(y) + (row * stride + at) * size;
+    for (int r = 0; r < rows; ++r, to += stride * size) {
+      __builtin_prefetch(to, 1);
+      __builtin_prefetch(to + count * size - 1, 1);  // in the next line, where rows are no multiple of one
+    }
   }
 
   // (By reference: GCC 12 passes registers by value on a stack that it has not aligned for them.)
@@ -446,7 +455,7 @@ void each_pass(const Job& job, const Range& range, int64_t most_steps, Waiting* 
 constexpr int64_t kStreamAhead = 256;  // of codes that one group of rows reads, once; the CPU looks further by itself
 
 // Fetches what lies `ahead` bytes after p into the cache; there need be nothing.
-inline void prefetch(const void* p, int64_t ahead) {
+inline __attribute__((always_inline)) void prefetch(const void* p, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)));
 }
 
