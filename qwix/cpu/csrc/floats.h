@@ -8,9 +8,6 @@
 namespace qwix {
 namespace {
 
-template <int kIndex>
-using K = std::integral_constant<int, kIndex>;
-
 // Calls fn(K<j>(), Floats) for four k of fp8. A template of the layer, which may have no `fp8_finite`.
 template <class Layer, Format kFormat, class Fn, class... Index>
 inline __attribute__((always_inline)) void each_fp8(const Bytes& v, Fn fn, Index... j) {

@@ -7,20 +7,25 @@
 namespace qwix {
 namespace {
 
-// Loads the codes of the groups of 4 k in a step, calls fn(number of the group, Bytes) for each.
-template <Format kFormat, class Fn>
-inline __attribute__((always_inline)) void each_codes(const uint8_t* codes, Fn fn) {
-  const Bytes loaded = Simd::load_bytes(codes);
-  if constexpr (!is_nibble(kFormat)) {
-    fn(0, loaded);
-  } else if constexpr (kFormat == kE2M1) {
-    fn(0, Simd::lookup(kE2M1Codes, Simd::low_nibbles(loaded)));
-    fn(1, Simd::lookup(kE2M1Codes, Simd::high_nibbles(loaded)));
-  } else {
-    fn(0, Simd::low_nibbles(loaded));
-    fn(1, Simd::high_nibbles(loaded));
+// The codes of a step, in groups of 4 k.
+template <Format kFormat>
+struct Codes {
+  static constexpr int kGroups = step_k(kFormat) / 4;
+  Bytes groups[kGroups];
+
+  inline __attribute__((always_inline)) explicit Codes(const uint8_t* codes) {
+    const Bytes loaded = Simd::load_bytes(codes);
+    if constexpr (!is_nibble(kFormat)) {
+      groups[0] = loaded;
+    } else {
+      groups[0] = Simd::low_nibbles(loaded);
+      groups[1] = Simd::high_nibbles(loaded);
+    }
+    if constexpr (kFormat == kE2M1) {
+      for (Bytes& group : groups) group = Simd::lookup(kE2M1Codes, group);
+    }
   }
-}
+};
 
 // A part of a block as it is multiplied by more than one group of rows: with a byte for each code. `ahead` bytes after
 // each code lies one that is wanted next.
@@ -28,20 +33,45 @@ template <Format kFormat>
 void decode_part(const uint8_t* codes, int64_t steps, int64_t ahead, uint8_t* panel) {
   for (; steps > 0; --steps, codes += kStepBytes, panel += step_k(kFormat) / 4 * kStepBytes) {
     prefetch(codes, ahead);
-    each_codes<kFormat>(codes, [&](int group, Bytes v) { Simd::store_bytes(panel + group * kStepBytes, v); });
+    const Codes<kFormat> loaded(codes);
+    for (int g = 0; g < loaded.kGroups; ++g) Simd::store_bytes(panel + g * kStepBytes, loaded.groups[g]);
   }
 }
 
+// Sums of a group of rows: several of each, which do not wait for each other, if there are few rows.
+template <class Dot, int kRows>
+struct Sums {
+  static constexpr int kSets = kRows >= Dot::kChains ? 1 : 2 * kRows >= Dot::kChains ? 2 : 4;
+  typename Dot::Partial sets[kSets][kRows];
+
+  inline __attribute__((always_inline)) Sums() {
+    repeat<kSets * kRows>([&](auto i) __attribute__((always_inline)) { sets[i / kRows][i % kRows] = Dot::zero(); });
+  }
+
+  // The products of 4 k, to one of the sets.
+  template <int kSet>
+  inline __attribute__((always_inline)) void add(Bytes codes, const char* acts) {
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+      Dot::add(sets[kSet % kSets][r], codes, acts + r * Dot::kGroupBytes);
+    });
+  }
+
+  inline __attribute__((always_inline)) void add_to(Ints (&out)[kRows]) const {
+    repeat<kSets * kRows>([&](auto i) __attribute__((always_inline)) {
+      out[i % kRows] = Simd::iadd(out[i % kRows], Dot::sums(sets[i / kRows][i % kRows]));
+    });
+  }
+};
+
 // The result of a group of rows for a part of a block. `codes` are those of the part: decoded, or as they are
-// packed, with those that are wanted next `ahead` bytes after them.
+// packed, with those that are wanted next `ahead` bytes after them. (As a part of a large function, GCC 12 would have it
+// keep sums in memory.)
 template <Format kFormat, class Dot, int kRows, bool kDecoded>
-void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, const uint8_t* codes, int64_t ahead,
+__attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, const uint8_t* codes, int64_t ahead,
                   Waiting* waiting) {
-  constexpr int64_t kGroups = step_k(kFormat) / 4;  // of 4 k, in a step
+  constexpr int kGroups = Codes<kFormat>::kGroups;
   constexpr int64_t kFlush = Dot::kFlushGroups / kGroups / (kFormat == kE2M1 ? 2 : 1);
-  // Sums of each row that do not wait for each other.
-  constexpr int kSets = kRows >= Dot::kChains ? 1 : 2 * kRows >= Dot::kChains ? 2 : 4;
-  constexpr int kUnroll = kSets > kGroups ? kSets / static_cast<int>(kGroups) : 1;  // steps
+  constexpr int kUnroll = std::max(1, Sums<Dot, kRows>::kSets / kGroups);  // steps
   constexpr int64_t kGroupActs = kRows * Dot::kGroupBytes;
   constexpr bool kLimited = is_full(kFormat) && FullDot::kSaturates;
   const int64_t steps = job.steps_of_tile();
@@ -50,7 +80,7 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
   const char* const all_acts = kLimited ? limited.codes() : job.rows + row * job.row_stride;
   const uint8_t* const block_codes = job.codes + block * job.block_bytes();
   Floats out[kRows];
-  for (int r = 0; r < kRows; ++r) out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
+  repeat<kRows>([&](auto r) __attribute__((always_inline)) { out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats); });
   const Output output(job, block);
   if (part.last) output.prefetch(row, kRows);
   [[maybe_unused]] const typename Limited<Dot>::Extra* extra = nullptr;
@@ -58,50 +88,52 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     const char* acts = all_acts + (t * steps + part.step) * kGroups * kGroupActs;
     Ints sums[kRows];
-    for (int r = 0; r < kRows; ++r) sums[r] = part.step == 0 ? Simd::iset(0) : Simd::iload(waiting[r].ints);
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) { sums[r] = part.step == 0 ? Simd::iset(0) : Simd::iload(waiting[r].ints); });
     for (int64_t s = part.step; s < part.step_end;) {
       const int64_t end = std::min(part.step_end, s + kFlush);
-      typename Dot::Partial partial[kSets][kRows];
-      for (auto& set : partial) {
-        for (auto& p : set) p = Dot::zero();
-      }
-      auto step = [&](int set) __attribute__((always_inline)) {
-        auto add = [&](int group, Bytes v) __attribute__((always_inline)) {
-          const char* a = acts + group * kGroupActs;
-          for (int r = 0; r < kRows; ++r) Dot::add(partial[(set + group) % kSets][r], v, a + r * Dot::kGroupBytes);
-        };
+      Sums<Dot, kRows> partial;
+      auto step = [&](auto set) __attribute__((always_inline)) {
+        constexpr int kSet = decltype(set)::value;
         if constexpr (kDecoded) {
-          for (int g = 0; g < kGroups; ++g) add(g, Simd::load_bytes(codes + g * kStepBytes));
+          partial.template add<kSet>(Simd::load_bytes(codes), acts);
+          if constexpr (kGroups == 2) {
+            partial.template add<kSet + 1>(Simd::load_bytes(codes + kStepBytes), acts + kGroupActs);
+          }
         } else {
           prefetch(codes, ahead);
-          each_codes<kFormat>(codes, add);
+          const Codes<kFormat> loaded(codes);
+          partial.template add<kSet>(loaded.groups[0], acts);
+          if constexpr (kGroups == 2) partial.template add<kSet + 1>(loaded.groups[1], acts + kGroupActs);
         }
         codes += (kDecoded ? kGroups : 1) * kStepBytes;
         acts += kGroups * kGroupActs;
       };
       if constexpr (kUnroll > 1) {
         for (; s + kUnroll <= end; s += kUnroll) {
-          for (int u = 0; u < kUnroll; ++u) step(u * static_cast<int>(kGroups));
+          step(K<0>());
+          step(K<kGroups>());
+          if constexpr (kUnroll == 4) {
+            step(K<2>());
+            step(K<3>());
+          }
         }
       }
-      for (; s < end; ++s) step(0);
-      for (int r = 0; r < kRows; ++r) {
-        for (auto& set : partial) sums[r] = Simd::iadd(sums[r], Dot::sums(set[r]));
-      }
+      for (; s < end; ++s) step(K<0>());
+      partial.add_to(sums);
     }
     if (Dot::kSaturates || !ends_tile) {
-      for (int r = 0; r < kRows; ++r) Simd::istore(waiting[r].ints, sums[r]);
+      repeat<kRows>([&](auto r) __attribute__((always_inline)) { Simd::istore(waiting[r].ints, sums[r]); });
     }
     if constexpr (Dot::kSaturates) {
       limited.add_extras(extra, t * steps + part.step, t * steps + part.step_end, block_codes, waiting);
-      for (int r = 0; r < kRows; ++r) sums[r] = Simd::iload(waiting[r].ints);
+      repeat<kRows>([&](auto r) __attribute__((always_inline)) { sums[r] = Simd::iload(waiting[r].ints); });
     }
     if (!ends_tile) continue;
     Floats scale = load_scale(job, block, t);
     if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));
     const bool asymmetric = kFormat != kE2M1 && job.zeros != nullptr;
     const Ints zeros = asymmetric ? Simd::isub(load_zeros(job, block, t), Simd::iset(Dot::kOffset)) : Simd::iset(0);
-    for (int r = 0; r < kRows; ++r) {
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) {
       const int64_t i = (row + r) * job.tiles + t;
       const uint32_t row_sum = static_cast<uint32_t>(job.row_sum[i]);
       const uint32_t zero = static_cast<uint32_t>(code_of_zero(kFormat) - Dot::kOffset);
@@ -110,12 +142,12 @@ void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, 
       const Floats exact = Simd::to_float(Simd::isub(sums[r], correction));
       const Floats scaled = Simd::fmul(exact, Simd::fset(job.row_scale[i]));
       out[r] = Simd::fma(scaled, scale, out[r]);
-    }
+    });
   }
   if (part.last) {
-    for (int r = 0; r < kRows; ++r) output.store(row + r, out[r]);
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) { output.store(row + r, out[r]); });
   } else {
-    for (int r = 0; r < kRows; ++r) Simd::fstore(waiting[r].floats, out[r]);
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) { Simd::fstore(waiting[r].floats, out[r]); });
   }
 }
 

@@ -75,6 +75,21 @@ Ints load_zeros(const Job& job, int64_t block, int64_t tile) {
   return Simd::iload_u8(job.zeros + (block * job.tiles + tile) * kColumns);
 }
 
+template <int kIndex>
+using K = std::integral_constant<int, kIndex>;
+
+template <class Fn, int... kIndex>
+inline __attribute__((always_inline)) void repeat_each(Fn fn, std::integer_sequence<int, kIndex...>) {
+  (fn(K<kIndex>()), ...);
+}
+
+// fn(K<0>()), fn(K<1>()), ...: a loop over registers in an array. With constants for indices they stay registers; a `for`
+// GCC 12 unrolls or not, as it finds the function large, and if not, they are memory.
+template <int kCount, class Fn>
+inline __attribute__((always_inline)) void repeat(Fn fn) {
+  repeat_each(fn, std::make_integer_sequence<int, kCount>());
+}
+
 // ------------------------------------------------------------------------------------------- groups of rows
 
 // A kernel multiplies a group of rows at once. Their activations lie together: those of 4 k (1 k of floats) of the
