@@ -122,6 +122,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer,
   job.tiles = scale.dim(1);
   job.tile = tile;
   job.padded_tile = (tile + 7) / 8 * 8;
+  job.steps = job.padded_tile / step_k(job.format);
+  job.last_steps = (job.k_of_tile(job.tiles - 1) + step_k(job.format) - 1) / step_k(job.format);
   // What the Python side made sure of; read past the end of an array by no means.
   if (job.tile < 1 || job.k > job.tiles * job.tile || job.k <= (job.tiles - 1) * job.tile ||
       job.leads * job.blocks != codes.dim(0) ||

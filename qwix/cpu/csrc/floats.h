@@ -115,7 +115,7 @@ void four_k_row(const Job& job, int64_t block) {
 // Many rows: a part of the block is dequantized once, to (k, 16) floats.
 template <Format kFormat>
 void dequantize_part(const Job& job, int64_t block, const Part& part, int64_t ahead, float* panel) {
-  const int64_t steps = job.steps_of_tile();
+  const int64_t steps = job.steps;
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     Floats scale = load_scale(job, block, t);
     if constexpr (kFormat == kE2M1) scale = Simd::fmul(scale, Simd::fset(unit(kFormat)));

@@ -7,34 +7,23 @@
 namespace qwix {
 namespace {
 
-// The codes of a step, in groups of 4 k.
-template <Format kFormat>
-struct Codes {
-  static constexpr int kGroups = step_k(kFormat) / 4;
-  Bytes groups[kGroups];
-
-  inline __attribute__((always_inline)) explicit Codes(const uint8_t* codes) {
-    const Bytes loaded = Simd::load_bytes(codes);
-    if constexpr (!is_nibble(kFormat)) {
-      groups[0] = loaded;
-    } else {
-      groups[0] = Simd::low_nibbles(loaded);
-      groups[1] = Simd::high_nibbles(loaded);
-    }
-    if constexpr (kFormat == kE2M1) {
-      for (Bytes& group : groups) group = Simd::lookup(kE2M1Codes, group);
-    }
-  }
-};
+// The first or second 4 k of a step of 4 bits, a byte each.
+template <Format kFormat, int kGroup>
+inline __attribute__((always_inline)) Bytes nibbles(const Bytes& loaded) {
+  const Bytes codes = kGroup == 0 ? Simd::low_nibbles(loaded) : Simd::high_nibbles(loaded);
+  if constexpr (kFormat == kE2M1) return Simd::lookup(kE2M1Codes, codes);
+  return codes;
+}
 
 // A part of a block as it is multiplied by more than one group of rows: with a byte for each code. `ahead` bytes after
 // each code lies one that is wanted next.
 template <Format kFormat>
 void decode_part(const uint8_t* codes, int64_t steps, int64_t ahead, uint8_t* panel) {
-  for (; steps > 0; --steps, codes += kStepBytes, panel += step_k(kFormat) / 4 * kStepBytes) {
+  for (; steps > 0; --steps, codes += kStepBytes, panel += 2 * kStepBytes) {
     prefetch(codes, ahead);
-    const Codes<kFormat> loaded(codes);
-    for (int g = 0; g < loaded.kGroups; ++g) Simd::store_bytes(panel + g * kStepBytes, loaded.groups[g]);
+    const Bytes loaded = Simd::load_bytes(codes);
+    Simd::store_bytes(panel, nibbles<kFormat, 0>(loaded));
+    Simd::store_bytes(panel + kStepBytes, nibbles<kFormat, 1>(loaded));
   }
 }
 
@@ -50,7 +39,7 @@ struct Sums {
 
   // The products of 4 k, to one of the sets.
   template <int kSet>
-  inline __attribute__((always_inline)) void add(Bytes codes, const char* acts) {
+  inline __attribute__((always_inline)) void add(const Bytes& codes, const char* acts) {
     repeat<kRows>([&](auto r) __attribute__((always_inline)) {
       Dot::add(sets[kSet % kSets][r], codes, acts + r * Dot::kGroupBytes);
     });
@@ -69,12 +58,12 @@ struct Sums {
 template <Format kFormat, class Dot, int kRows, bool kDecoded>
 __attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, const uint8_t* codes, int64_t ahead,
                   Waiting* waiting) {
-  constexpr int kGroups = Codes<kFormat>::kGroups;
+  constexpr int kGroups = step_k(kFormat) / 4;  // of 4 k, in a step
   constexpr int64_t kFlush = Dot::kFlushGroups / kGroups / (kFormat == kE2M1 ? 2 : 1);
   constexpr int kUnroll = std::max(1, Sums<Dot, kRows>::kSets / kGroups);  // steps
   constexpr int64_t kGroupActs = kRows * Dot::kGroupBytes;
   constexpr bool kLimited = is_full(kFormat) && FullDot::kSaturates;
-  const int64_t steps = job.steps_of_tile();
+  const int64_t steps = job.steps;
   const bool ends_tile = part.ends_tile;  // read from `part`, it would be again after each sum that is stored
   const Limited<Dot> limited(job, row, kRows);
   const char* const all_acts = kLimited ? limited.codes() : job.rows + row * job.row_stride;
@@ -94,16 +83,16 @@ __attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64
       Sums<Dot, kRows> partial;
       auto step = [&](auto set) __attribute__((always_inline)) {
         constexpr int kSet = decltype(set)::value;
-        if constexpr (kDecoded) {
-          partial.template add<kSet>(Simd::load_bytes(codes), acts);
-          if constexpr (kGroups == 2) {
-            partial.template add<kSet + 1>(Simd::load_bytes(codes + kStepBytes), acts + kGroupActs);
-          }
+        if constexpr (!kDecoded) prefetch(codes, ahead);
+        const Bytes loaded = Simd::load_bytes(codes);
+        if constexpr (!is_nibble(kFormat)) {
+          partial.template add<kSet>(loaded, acts);
+        } else if constexpr (kDecoded) {
+          partial.template add<kSet>(loaded, acts);
+          partial.template add<kSet + 1>(Simd::load_bytes(codes + kStepBytes), acts + kGroupActs);
         } else {
-          prefetch(codes, ahead);
-          const Codes<kFormat> loaded(codes);
-          partial.template add<kSet>(loaded.groups[0], acts);
-          if constexpr (kGroups == 2) partial.template add<kSet + 1>(loaded.groups[1], acts + kGroupActs);
+          partial.template add<kSet>(nibbles<kFormat, 0>(loaded), acts);
+          partial.template add<kSet + 1>(nibbles<kFormat, 1>(loaded), acts + kGroupActs);
         }
         codes += (kDecoded ? kGroups : 1) * kStepBytes;
         acts += kGroups * kGroupActs;
@@ -189,7 +178,7 @@ void integer_product(const Job& job, const Range& range, char* workspace) {
     return;
   }
   const int64_t stride = job.block_bytes(), most = k_of_part(kFormat) / step_k(kFormat);
-  auto at = [&](const Part& part) { return (part.tile * job.steps_of_tile() + part.step) * kStepBytes; };
+  auto at = [&](const Part& part) { return (part.tile * job.steps + part.step) * kStepBytes; };
   if constexpr (is_nibble(kFormat)) {
     uint8_t* panel = reinterpret_cast<uint8_t*>(workspace + kWaitingBytes);
     each_pass(job, range, most, waiting, [&](const Part& part, int64_t block, int64_t ahead, Waiting* sums) {

@@ -37,6 +37,7 @@ struct Job {
   int64_t leads;   // matrices side by side in the output
   int64_t blocks;  // of 16 columns, in each lead
   int64_t tile, padded_tile, tiles;  // k, of the rows of x, may end within the last tile
+  int64_t steps, last_steps;         // of a padded tile; what the last tile has of them
   Format format;
   Mode mode;
   float factor;  // of the largest magnitude, which a dynamic scale maps to 127.5
@@ -62,12 +63,9 @@ struct Job {
   // How many k of a tile there are.
   int64_t k_of_tile(int64_t t) const { return t + 1 == tiles ? k - t * tile : tile; }
   int64_t padded_k() const { return tiles * padded_tile; }
-  int64_t steps_of_tile() const { return padded_tile / step_k(format); }
   // Those to take of a tile: nothing comes after the k of the last one.
-  int64_t steps_of_tile(int64_t t) const {
-    return t + 1 < tiles ? steps_of_tile() : (k_of_tile(t) + step_k(format) - 1) / step_k(format);
-  }
-  int64_t block_bytes() const { return tiles * steps_of_tile() * kStepBytes; }
+  int64_t steps_of_tile(int64_t t) const { return t + 1 < tiles ? steps : last_steps; }
+  int64_t block_bytes() const { return tiles * steps * kStepBytes; }
 };
 
 inline constexpr int64_t kRowsOfItem = 128;             // in one call of `multiply`; of some products twice as many

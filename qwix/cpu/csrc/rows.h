@@ -425,17 +425,15 @@ struct Part {
 // Calls fn(Part) for parts of at most `most` steps.
 template <class Fn>
 void each_part(const Job& job, int64_t most, Fn fn) {
-  const int64_t steps = job.steps_of_tile();
-  for (int64_t t = 0, tiles; t < job.tiles; t += tiles) {
-    const int64_t left = job.steps_of_tile(t);
-    tiles = 1;
-    if (left == steps && steps <= most) {
-      const bool is_cut = job.steps_of_tile(job.tiles - 1) != steps;
-      tiles = std::min(job.tiles - is_cut - t, std::max<int64_t>(1, most / steps));
-    }
-    for (int64_t s = 0; s < left; s += most) {
-      const int64_t end = std::min(left, s + most);
-      fn(Part{t, t + tiles, s, end, end == left, t == 0 && s == 0, t + tiles == job.tiles && end == left});
+  const int64_t whole = job.tiles - (job.last_steps != job.steps);  // tiles
+  const int64_t tiles_of_part = job.steps < most ? most / job.steps : 1;
+  for (int64_t t = 0, end; t < job.tiles; t = end) {
+    end = t < whole ? std::min(whole, t + tiles_of_part) : t + 1;
+    const int64_t steps = job.steps_of_tile(t);
+    for (int64_t s = 0; s < steps; s += most) {
+      const int64_t step_end = std::min(steps, s + most);
+      const bool ends_tile = step_end == steps;
+      fn(Part{t, end, s, step_end, ends_tile, t == 0 && s == 0, ends_tile && end == job.tiles});
     }
   }
 }

@@ -208,7 +208,7 @@ void tile_panel(const Job& job, const Chunks& chunks, int64_t block, const Part&
   const int64_t chunk_steps = chunks.k / step_k(kFormat);
   const int64_t step_bytes = step_k(kFormat) * kColumns * (kIntegers ? 1 : 2), part_bytes = chunk_steps * step_bytes;
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
-    const int64_t steps = job.steps_of_tile();
+    const int64_t steps = job.steps;
     const uint8_t* codes = job.codes + block * job.block_bytes() + (t * steps + part.step) * kStepBytes;
     Floats zeros = Simd::fset(0);
     if constexpr (is_integer(kFormat) && !kIntegers) {
@@ -397,7 +397,7 @@ void tile_product(const Job& job, const Range& range, char* workspace) {
     constexpr int kBlocks = decltype(blocks)::value;
     const uint8_t* codes = decoded;
     if (direct) {
-      codes = job.codes + block * stride + (part.tile * job.steps_of_tile() + part.step) * kStepBytes;
+      codes = job.codes + block * stride + (part.tile * job.steps + part.step) * kStepBytes;
     } else {
       for (int b = 0; b < kBlocks; ++b) {
         tile_panel<kFormat, kIntegers, kWParts>(job, chunks, block + b, part, decoded + b * kTilePanelBytes);
@@ -429,7 +429,7 @@ void tile_product(const Job& job, const Range& range, char* workspace) {
   for (int64_t start = range.block; start < range.block_end; start += blocks_of_pass) {
     const int64_t end = std::min(range.block_end, start + blocks_of_pass);
     each_part(job, kPart / step_k(kFormat), [&](const Part& part) {
-      const int64_t first = (part.tile * job.steps_of_tile() + part.step) * kStepBytes, lines = part.steps();
+      const int64_t first = (part.tile * job.steps + part.step) * kStepBytes, lines = part.steps();
       const int64_t iterations = passes * std::max<int64_t>(1, lines * step_k(kFormat) / chunks.k);
       for (int64_t block = start; block < end; block += 2) {
         // The same part of the next blocks; or the next part of the first ones; or the next blocks. Of one group of
