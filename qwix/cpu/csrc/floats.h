@@ -58,7 +58,7 @@ Floats signed_zeros(const Job& job, int64_t block, int64_t tile) {
 // A group of a few rows, straight from the codes. Zero points are taken off each number, not off the sum: of an infinite
 // activation that would be inf - inf.
 template <Format kFormat, bool kAsymmetric, int kRows>
-void float_rows(const Job& job, int64_t block, int64_t row) {
+__attribute__((noinline)) void float_rows(const Job& job, int64_t block, int64_t row) {
   constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // sums in parallel, to hide the latency of fma
   const uint8_t* codes = job.codes + block * job.block_bytes();
   const float* x = reinterpret_cast<const float*>(job.rows + row * job.row_stride);
@@ -74,10 +74,10 @@ void float_rows(const Job& job, int64_t block, int64_t row) {
       prefetch(codes, kStreamAhead);
       each_k<kFormat>(codes, [&](auto j, Floats w) __attribute__((always_inline)) {
         if constexpr (kAsymmetric) w = Simd::fsub(w, zeros);
-        for (int r = 0; r < kRows; ++r) {
+        repeat<kRows>([&](auto r) __attribute__((always_inline)) {
           Floats& sum = sums[j % kSets][r];
           sum = Simd::fma(w, Simd::fset(x[j * kRows + r]), sum);
-        }
+        });
       });
     }
     Floats scale = load_scale(job, block, t);
