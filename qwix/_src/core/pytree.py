@@ -19,6 +19,7 @@ there: tracers, `ShapeDtypeStruct`, `nnx.Param`, None, `object()`.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -45,6 +46,13 @@ def _field_names(cls: Any, is_static: bool) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if bool(f.metadata.get("static")) == is_static)
 
 
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple]:
+    """Gets a tuple of attributes; each call of a jitted function does so for each array structure."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)  # of one name it would be no tuple
+    return lambda obj: tuple(getattr(obj, name) for name in names)
+
+
 def _replace(self: Any, **updates: Any) -> Any:
     """Returns a copy with the given fields changed."""
     return dataclasses.replace(self, **updates)
@@ -67,8 +75,10 @@ def array_structure(cls: type[_T]) -> type[_T]:
         leaves, aux_values = flatten(obj)
         return tuple(zip(keys, leaves, strict=True)), aux_values
 
+    children_of, aux_of = _getter(children), _getter(aux)
+
     def flatten(obj: Any) -> tuple[tuple, tuple]:
-        return tuple(getattr(obj, n) for n in children), tuple(getattr(obj, n) for n in aux)
+        return children_of(obj), aux_of(obj)
 
     def unflatten(aux_values: tuple, leaves: Any) -> Any:
         obj = object.__new__(cls)

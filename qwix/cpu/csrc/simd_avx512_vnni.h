@@ -71,7 +71,14 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x.v));
   }
 
-  static Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Bytes load_bytes(const uint8_t* p) {
+    __m512i v = _mm512_loadu_si512(p);
+#if !defined(QWIX_EMULATED)
+    // Once, and not by each instruction that uses it, as GCC 12 would have it: a load takes a cycle.
+    __asm__("" : "+v"(v));
+#endif
+    return {v};
+  }
   static void store_bytes(uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x.v); }
   static Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
   static Bytes high_nibbles(Bytes x) {
