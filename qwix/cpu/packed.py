@@ -22,8 +22,7 @@ True
 Axes before those of the matrix (layers of a scan, heads of an einsum) are leading axes of every leaf, which may come
 and go under `jax.vmap`, `jax.lax.scan` and stacking.
 
-A `PaddedQArray`, whose last tile may be cut short, is packed at its padded shape: activations are padded with zeros,
-which meet codes that count for nothing.
+A `PaddedQArray`, whose last tile may be cut short, is packed at its padded shape; the kernels stop where K ends.
 """
 
 import functools
@@ -114,7 +113,7 @@ class _Layout(NamedTuple):
 
     @property
     def padded_k(self) -> int:
-        """K of `full_shape`; what is beyond `k` is multiplied with zeros."""
+        """K of `full_shape`; what is beyond `k` counts for nothing."""
         return math.prod(self.full_shape[axis] for axis in self.k_axes)
 
     @property
