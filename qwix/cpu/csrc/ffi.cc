@@ -83,6 +83,7 @@ void run(Job& job, const Kernels& kernels, ffi::ThreadPool& pool, int64_t worker
   if (workers > 1) {
     const int64_t wanted = std::max<int64_t>(1, 8 * workers / ((job.m + rows - 1) / rows));
     blocks = std::clamp<int64_t>(all_blocks / wanted, blocks, std::max<int64_t>(blocks, 64));
+    if (blocks > kBlocksOfPass) blocks -= blocks % kBlocksOfPass;
   }
   const int64_t columns = (all_blocks + blocks - 1) / blocks;
   if (columns < 2 * workers && job.m > 64 && job.m <= rows) rows = 64 / most * most;

@@ -69,6 +69,7 @@ struct Job {
 };
 
 inline constexpr int64_t kRowsOfItem = 128;             // in one call of `multiply`; of some products twice as many
+inline constexpr int64_t kBlocksOfPass = 8;             // that many rows take in turn, see `each_pass` in rows.h
 inline constexpr int64_t kWorkspaceBytes = 608 * 1024;  // that it is given
 
 inline constexpr int64_t kKeysOfPart = 128;

@@ -444,7 +444,6 @@ struct Range {
   int64_t begin, end;
 };
 
-constexpr int64_t kBlocksOfPass = 8;
 constexpr int64_t kWaitingBytes = kBlocksOfPass * kRowsOfItem * static_cast<int64_t>(sizeof(Waiting));
 
 // Calls fn(part, block, ahead, sums) for the parts of a range: a part of all rows stays in the second-level cache, while
