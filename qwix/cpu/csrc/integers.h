@@ -56,8 +56,8 @@ struct Sums {
 // packed, with those that are wanted next `ahead` bytes after them. (As a part of a large function, GCC 12 would have it
 // keep sums in memory.)
 template <Format kFormat, class Dot, int kRows, bool kDecoded>
-__attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part, const uint8_t* codes, int64_t ahead,
-                  Waiting* waiting) {
+__attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64_t row, const Part& part,
+                                            const uint8_t* codes, int64_t ahead, Waiting* waiting) {
   constexpr int kGroups = step_k(kFormat) / 4;  // of 4 k, in a step
   constexpr int64_t kFlush = Dot::kFlushGroups / kGroups / (kFormat == kE2M1 ? 2 : 1);
   constexpr int kUnroll = std::max(1, Sums<Dot, kRows>::kSets / kGroups);  // steps
@@ -69,7 +69,9 @@ __attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64
   const char* const all_acts = kLimited ? limited.codes() : job.rows + row * job.row_stride;
   const uint8_t* const block_codes = job.codes + block * job.block_bytes();
   Floats out[kRows];
-  repeat<kRows>([&](auto r) __attribute__((always_inline)) { out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats); });
+  repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+    out[r] = part.first ? Simd::fset(0) : Simd::fload(waiting[r].floats);
+  });
   const Output output(job, block);
   if (part.last) output.prefetch(row, kRows);
   [[maybe_unused]] const typename Limited<Dot>::Extra* extra = nullptr;
@@ -77,7 +79,9 @@ __attribute__((noinline)) void integer_rows(const Job& job, int64_t block, int64
   for (int64_t t = part.tile; t < part.tile_end; ++t) {
     const char* acts = all_acts + (t * steps + part.step) * kGroups * kGroupActs;
     Ints sums[kRows];
-    repeat<kRows>([&](auto r) __attribute__((always_inline)) { sums[r] = part.step == 0 ? Simd::iset(0) : Simd::iload(waiting[r].ints); });
+    repeat<kRows>([&](auto r) __attribute__((always_inline)) {
+      sums[r] = part.step == 0 ? Simd::iset(0) : Simd::iload(waiting[r].ints);
+    });
     for (int64_t s = part.step; s < part.step_end;) {
       const int64_t end = std::min(part.step_end, s + kFlush);
       Sums<Dot, kRows> partial;

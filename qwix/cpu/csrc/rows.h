@@ -84,7 +84,7 @@ inline __attribute__((always_inline)) void repeat_each(Fn fn, std::integer_seque
 }
 
 // fn(K<0>()), fn(K<1>()), ...: a loop over registers in an array. With constants for indices they stay registers; a `for`
-// GCC 12 unrolls or not, as it finds the function large, and if not, they are memory.
+// is unrolled by GCC 12 or not, as it finds the function large, and if not, they are memory.
 template <int kCount, class Fn>
 inline __attribute__((always_inline)) void repeat(Fn fn) {
   repeat_each(fn, std::make_integer_sequence<int, kCount>());
