@@ -14,8 +14,6 @@ import jax.ffi
 import jax.numpy as jnp
 import numpy as np
 
-from qwix.cpu import build
-
 MATMUL, SECOND_MOMENTS = "qwix_cpu_matmul", "qwix_cpu_second_moments"
 ATTENTION, DENSE_ATTENTION = "qwix_cpu_attention", "qwix_cpu_dense_attention"
 
@@ -41,6 +39,8 @@ def activate(x: jax.Array, activation: str | None) -> jax.Array:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library with its kernels registered, or why there is none."""
+    from qwix.cpu import build  # here, as it is a program too, which Python wants to run before anything imports it
+
     # A library built otherwise, as `make sanitize` does, stands before all.
     packaged = pathlib.Path(__file__).parent / build.library_name()
     if given := os.environ.get("QWIX_CPU_LIBRARY"):

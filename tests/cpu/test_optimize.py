@@ -304,8 +304,10 @@ def test_a_sharded_product_with_bias_and_activation() -> None:
 
 def test_without_a_compiler_models_run_on_xla_and_say_so_once(tmp_path: Path) -> None:
     code = """
-import warnings, jax.numpy as jnp, qwix
+import os, warnings, jax.numpy as jnp, qwix
 from flax import nnx
+from qwix.cpu import native
+native.__file__ = os.environ["PATH"] + "/native.py"  # where `python -m qwix.cpu.build` has put no library
 warnings.simplefilter("always")
 rules = [qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 model = qwix.quantize_model(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), qwix.PtqProvider(rules), jnp.ones((1, 16)))

@@ -320,6 +320,18 @@ def test_extra_parameters(mlp):
         qwix.quantize_params({"layers": {7: {"kernel": jnp.ones(2)}}}, quantized)
 
 
+def test_boxed_parameters_are_refused():
+    init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    model = nn.Dense(8, kernel_init=init)
+    params = model.init(jax.random.key(0), normal(1, 4))["params"]
+    quantized = qwix.quantize_model(model, provider())
+    abstract = jax.eval_shape(quantized.init, jax.random.key(0), normal(1, 4))["params"]
+    with pytest.raises(ValueError, match=r"^kernel is a Partitioned, not an array: give flax.linen.unbox"):
+        qwix.quantize_params(params, abstract)
+    found = qwix.quantize_params(nn.unbox(params), abstract)
+    assert isinstance(found["kernel"], WithAux)
+
+
 def test_wrong_size(mlp):
     _, _, quantized = mlp
     with pytest.raises(ValueError, match=r"layers/0/kernel has shape \(4, 7\), which cannot become the \(4, 8\)"):

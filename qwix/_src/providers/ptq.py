@@ -126,8 +126,8 @@ def quantize_params(
       ...)` takes.
 
     Raises:
-      ValueError: for a path that the quantized model does not have, a parameter of the wrong size, or a statistic with
-        a count of zero.
+      ValueError: for a path that the quantized model does not have, a parameter of the wrong size or in a box
+        (`nn.Partitioned`), or a statistic with a count of zero.
 
     >>> import jax.numpy as jnp, qwix
     >>> from flax import nnx
@@ -261,6 +261,9 @@ class Template:
         """The parameters of a nested dict; one that stands transformed in the model but is not yet, is transformed."""
         for path, value in flatten(params):
             given = path, value
+            if isinstance(value, flax.core.meta.AxisMetadata):
+                where = "/".join(map(str, path))
+                raise ValueError(f"{where} is a {type(value).__name__}, not an array: give flax.linen.unbox(params)")
             found = self._at(path)
             if isinstance(value, WithInputTransform):  # of a transformed Linen model
                 if not isinstance(found, WithInputTransform) or found.transforms != value.transforms:
