@@ -352,3 +352,11 @@ def test_a_library_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     env = os.environ | {"QWIX_CPU_LIBRARY": str(tmp_path / "none.so")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode and "QWIX_CPU_LIBRARY is" in done.stderr
+
+
+def test_the_build_is_a_program() -> None:
+    """That nothing has imported before it runs, which Python would warn of."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qwix.cpu.build", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--sanitize" in done.stdout and "RuntimeWarning" not in done.stderr
