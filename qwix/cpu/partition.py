@@ -161,14 +161,13 @@ class _Cut:
         self.x_tiles = self.shapes.get("x_scale", (0, 0, 1))[2]
         self.whole_blocks = call.columns % 16 == 0
         # What k may be cut into: whole tiles, or 8 of it.
-        self.whole_tiles = self.tiles * call.tile == self.k
-        eights = self.k // 8 if self.k % 8 == 0 else 1
-        self.units = 1 if not self.whole_tiles else self.tiles if self.tiles > 1 else eights
+        is_whole = self.tiles * call.tile == self.k and (self.tiles > 1 or self.k % 8 == 0)
+        self.units = 1 if not is_whole else self.tiles if self.tiles > 1 else self.k // 8
 
     def rule(self) -> tuple[str, dict[str, int]]:
         """The factors of the operands' axes, as Shardy has them, and the sizes that it cannot see."""
         u = self.units
-        unit, tile = ("u", u), ("u", u) if self.tiles > 1 and self.whole_tiles else ("t", self.tiles)
+        unit, tile = ("u", u), ("u", u) if self.tiles > 1 else ("t", 1)
         whole = self.whole_blocks
         blocks, steps = ("b", self.blocks), (unit, ("s", self.steps // u))
         columns = (blocks, ("l", 16)) if whole else (("n", 0),)
@@ -177,7 +176,7 @@ class _Cut:
             "x": [batch, rows, (unit, ("k", self.k // u))],
             "codes": [batch, (blocks,), steps, (("c", 0),)],
             "scale": [batch, (blocks,), (tile,), (("l", 16),)],
-            "x_scale": [batch, rows, (tile if self.x_tiles > 1 else ("v", 1),)],
+            "x_scale": [batch, rows, (unit if self.x_tiles > 1 else ("v", 1),)],
             "bias": [batch, columns],
             "y": [batch, rows, columns],
         }

@@ -214,15 +214,16 @@ def test_sharded_weights_stay_where_they_are(name: str, tile: int | None, act: b
 
 
 @pytest.mark.parametrize("act", [False, True], ids=["float", "int8"])
-def test_a_sharded_product_whose_last_tile_is_cut_short(act: bool) -> None:
+@pytest.mark.parametrize("tile", [32, 96])
+def test_a_sharded_product_whose_last_tile_is_cut_short(tile: int, act: bool) -> None:
     """Columns stay where they are; K, which has no whole tiles, is gathered in the activations."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     put = lambda leaf, *spec: jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
     rng = np.random.default_rng(0)
-    how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(1,), tiled_axes={0: 32})
+    how = qarray.HowToQuantize(qtype="int4", channelwise_axes=(1,), tiled_axes={0: tile})
     w = padded_ptq.quantize(jnp.asarray(rng.standard_normal((72, 256)), jnp.float32), how)
     x = jnp.asarray(rng.standard_normal((16, 72)), jnp.float32)
-    how_x = qarray.HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: 32})
+    how_x = qarray.HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={1: tile})
     dims = (((1,), (0,)), ((), ()))
     p = packed.pack(w)
     sharded = jax.tree.map(lambda leaf: put(leaf, "d"), p)
